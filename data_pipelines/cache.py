@@ -1,0 +1,181 @@
+"""Shards with image codes: every image is encoded once, by a callable that is handed in, and the codes are packed.
+
+No network is known here. Reading codes back is the tasks' business.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mmdiff.errors import ConfigError, SampleError, ShardError
+
+from .pack import write_shards
+from .ranges import shown
+from .reader import Sample, iter_samples
+from .source import expand
+from .transforms import Fit, Pixels
+
+__all__ = ["CACHE_FILE", "CacheReport", "cache"]
+
+CACHE_FILE = "cache.json"
+"""File beside cached shards that says what encoded them."""
+
+Encode = Callable[[Float[Tensor, "B 3 S S"]], Int[Tensor, "B h w"]]
+
+
+@dataclass(frozen=True)
+class CacheReport:
+    """What `cache` did.
+
+    Attributes:
+        shards: The shards written.
+        samples: Samples in them.
+        skipped: Samples left out, by reason.
+        grid: Codes per column and row.
+    """
+
+    shards: tuple[Path, ...]
+    samples: int
+    skipped: Mapping[str, int]
+    grid: tuple[int, int]
+
+
+def cache(
+    shards: str | Path | Sequence[str | Path],
+    out: str | Path,
+    encode: Encode,
+    image_size: int,
+    batch: int,
+    identity: str,
+    *,
+    fit: Fit = "square",
+    name: str = "cached",
+    samples_per_shard: int = 2000,
+    max_skip_fraction: float = 0.001,
+    progress: Callable[[Iterable[Sample]], Iterable[Sample]] = lambda samples: samples,
+) -> CacheReport:
+    """Copy shards, adding the member ``codes.npy`` to every sample.
+
+    Args:
+        shards: Shards to read, as `source.open_shards` takes them.
+        out: Folder for the new shards and `CACHE_FILE`.
+        encode: Float32 [B, 3, S, S] in [-1, 1] to integer codes [B, h, w].
+        image_size: S.
+        batch: B.
+        identity: Names the encoder, such as a hash of its weights; written to `CACHE_FILE`.
+        fit: How a rectangle becomes a square.
+        name: First part of the new shards' names.
+        samples_per_shard: Samples per new shard.
+        max_skip_fraction: Larger fractions of unusable samples raise.
+        progress: Wraps the samples, to show a bar.
+
+    Raises:
+        ConfigError: ``out`` is where the shards are.
+        ShardError: Too many samples cannot be used.
+    """
+    names = [shards] if isinstance(shards, (str, Path)) else list(shards)
+    sources = [url for spec in names for url in expand(spec)]
+    folder = Path(out).resolve()
+    if any(Path(url).resolve().parent == folder for url in sources if "://" not in url):
+        raise ConfigError(f"{out}: holds the shards that are to be read; choose another folder")
+    skipped: Counter[str] = Counter()
+    grid: list[tuple[int, int]] = []
+    samples = progress(_usable(names, skipped))
+    rows = _encoded(samples, encode, Pixels(image_size, fit), batch, skipped, grid)
+    counted = Counter[str]()
+    written = write_shards(_count(rows, counted), folder, name, samples_per_shard)
+    total = counted["samples"] + sum(skipped.values())
+    if sum(skipped.values()) > max_skip_fraction * total:
+        reasons = ", ".join(f"{r} {c:,}" for r, c in skipped.most_common())
+        raise ShardError(
+            f"{sum(skipped.values()):,} of {total:,} samples cannot be used ({reasons}); see: mmdiff data lint"
+        )
+    report = CacheReport(tuple(written), counted["samples"], dict(skipped), grid[0])
+    _write_note(folder, report, sources, identity, image_size, fit)
+    return report
+
+
+def _usable(names: Sequence[str | Path], skipped: Counter[str]) -> Iterator[Sample]:
+    for sample, error in iter_samples(names):
+        if sample is not None:
+            yield sample
+        elif error is not None:
+            skipped[error.reason] += 1
+
+
+def _encoded(
+    samples: Iterable[Sample],
+    encode: Encode,
+    pixels: Pixels,
+    batch: int,
+    skipped: Counter[str],
+    grid: list[tuple[int, int]],
+) -> Iterator[tuple[str, Mapping[str, bytes]]]:
+    pending: list[tuple[Sample, Tensor]] = []
+    unused = torch.Generator()  # without augmentation nothing is drawn
+    for sample in samples:
+        try:
+            pending.append((sample, pixels(sample, unused)[0]))
+        except SampleError as error:
+            skipped[error.reason] += 1
+        if len(pending) == batch:
+            yield from _flush(pending, encode, grid)
+            pending = []
+    if pending:
+        yield from _flush(pending, encode, grid)
+
+
+def _flush(
+    pending: Sequence[tuple[Sample, Tensor]], encode: Encode, grid: list[tuple[int, int]]
+) -> Iterator[tuple[str, Mapping[str, bytes]]]:
+    with torch.inference_mode():
+        codes = encode(torch.stack([p for _, p in pending])).cpu()
+    if codes.dim() != 3 or len(codes) != len(pending) or codes.is_floating_point():
+        raise ConfigError(
+            f"encode returned {codes.dtype} {tuple(codes.shape)}; expected integers [{len(pending)}, h, w]"
+        )
+    grid[:] = [(codes.shape[1], codes.shape[2])]
+    for (sample, _), row in zip(pending, codes.numpy(), strict=True):
+        yield sample.key, {**sample.members, "codes.npy": _npy(row)}
+
+
+def _npy(codes: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    small = codes.astype(np.int16 if codes.max(initial=0) < 2**15 else np.int32)
+    np.lib.format.write_array(stream, np.ascontiguousarray(small), version=(1, 0), allow_pickle=False)
+    return stream.getvalue()
+
+
+def _count(
+    rows: Iterable[tuple[str, Mapping[str, bytes]]], counted: Counter[str]
+) -> Iterator[tuple[str, Mapping[str, bytes]]]:
+    for row in rows:
+        counted["samples"] += 1
+        yield row
+
+
+def _write_note(
+    folder: Path, report: CacheReport, sources: Sequence[str], identity: str, image_size: int, fit: str
+) -> None:
+    note = {
+        "encoder": identity,
+        "image_size": image_size,
+        "fit": fit,
+        "grid": list(report.grid),
+        "samples": report.samples,
+        "skipped": dict(report.skipped),
+        "sources": [Path(shown(url)).name for url in sources],
+    }
+    partial = folder / f"{CACHE_FILE}.tmp"
+    partial.write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
+    partial.replace(folder / CACHE_FILE)

@@ -1,0 +1,56 @@
+"""LLaVA-style conversations: the JSON ``{"conversations": [{"from", "value"}, ...]}`` as chat messages.
+
+Source: LLaVA's data format; LLaDA-V's published preparation of it (one placeholder per conversation moves to the front,
+a first turn that is not from the human is dropped).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mmdiff.errors import SampleError
+
+from .reader import Sample
+
+__all__ = ["PLACEHOLDER", "read_conversation"]
+
+PLACEHOLDER = "<image>"
+"""Where LLaVA's texts put the image."""
+
+_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+
+
+def read_conversation(sample: Sample) -> list[dict[str, Any]]:
+    """Messages, alternating from user to assistant, each with a list of content parts; at most one image.
+
+    Raises:
+        SampleError: Reason ``"bad_conversation"``.
+    """
+    turns = sample.info().get("conversations")
+    if not isinstance(turns, list):
+        raise SampleError("bad_conversation", f"{sample}: no list 'conversations' in its JSON")
+    messages = [_message(sample, turn) for turn in turns]
+    if messages and messages[0]["role"] != "user":
+        messages = messages[1:]
+    messages = messages[: len(messages) // 2 * 2]
+    if not messages or any(m["role"] != ("user", "assistant")[i % 2] for i, m in enumerate(messages)):
+        raise SampleError("bad_conversation", f"{sample}: turns must alternate between human and gpt")
+    images = sum(part["type"] == "image" for m in messages for part in m["content"])
+    if images > 1:
+        raise SampleError(
+            "bad_conversation", f"{sample}: {images} placeholders {PLACEHOLDER}, a sample holds one image"
+        )
+    return messages
+
+
+def _message(sample: Sample, turn: Any) -> dict[str, Any]:
+    if not isinstance(turn, dict) or turn.get("from") not in _ROLES or not isinstance(turn.get("value"), str):
+        raise SampleError("bad_conversation", f"{sample}: turn {turn!r:.80}, expected from human or gpt, and a value")
+    role, text = _ROLES[turn["from"]], turn["value"]
+    count = text.count(PLACEHOLDER) if role == "user" else 0
+    for _ in range(count):
+        text = text.replace(PLACEHOLDER, "", 1)
+    content = [{"type": "image"} for _ in range(count)]
+    if not text.strip():
+        raise SampleError("bad_conversation", f"{sample}: a turn without text")
+    return {"role": role, "content": [*content, {"type": "text", "text": text.strip()}]}

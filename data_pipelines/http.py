@@ -1,0 +1,81 @@
+"""Byte ranges over http and https with the standard library: no other package is needed for plain web servers.
+
+Retrying is ``source``'s business; here one request is made and its answer checked.
+"""
+
+from __future__ import annotations
+
+import http.client
+import re
+import urllib.error
+import urllib.request
+
+from mmdiff.errors import ShardError
+from mmdiff.images import redact
+
+__all__ = ["HttpStore"]
+
+TIMEOUT_SECONDS = 30.0
+"""Longest wait for a connection or for the next bytes."""
+
+
+class HttpStore:
+    """Sizes and ranges of files on web servers; a file that changes while it is being read is refused."""
+
+    def __init__(self) -> None:
+        self._tags: dict[str, str] = {}
+
+    def size(self, url: str) -> int:
+        """Bytes of the file, from a range request of one byte (not every server answers HEAD).
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            OSError: The server or the network failed.
+            ShardError: Access is denied, ranges are not served, or the file changed.
+        """
+        _, total = self._request(url, 0, 1)
+        return total
+
+    def exists(self, url: str) -> bool:
+        """Whether the file is there; other errors as `size`."""
+        try:
+            self.size(url)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def cat_file(self, url: str, start: int, end: int) -> bytes:
+        """The bytes from ``start`` to before ``end``, fewer at the end of the file; errors as `size`."""
+        return self._request(url, start, end)[0]
+
+    def _request(self, url: str, start: int, end: int) -> tuple[bytes, int]:
+        headers = {"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
+        request = urllib.request.Request(url, headers=headers)
+        try:
+            with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as answer:
+                self._check_tag(url, answer.headers.get("ETag"))
+                span = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", answer.headers.get("Content-Range", ""))
+                if answer.status != 206 or not span or int(span[1]) != start:
+                    raise ShardError(f"{redact(url)}: the server does not serve ranges; download the shards first")
+                wanted = min(end, int(span[3])) - start
+                data = answer.read(wanted)
+        except urllib.error.HTTPError as error:
+            error.close()
+            if error.code in (404, 410):
+                raise FileNotFoundError(url) from None
+            if error.code == 416:  # the range begins behind the end
+                return b"", 0
+            if error.code in (400, 401, 403, 405):
+                raise ShardError(f"{redact(url)}: the server answers {error.code} {error.reason}") from None
+            raise OSError(f"the server answers {error.code} {error.reason}") from None
+        except http.client.HTTPException as error:
+            raise OSError(f"the connection broke ({type(error).__name__})") from None
+        if len(data) < wanted:
+            raise OSError(f"{wanted - len(data):,} bytes of {wanted:,} did not arrive")
+        return data, int(span[3])
+
+    def _check_tag(self, url: str, tag: str | None) -> None:
+        if tag is None or tag.startswith("W/"):
+            return
+        if self._tags.setdefault(url, tag) != tag:
+            raise ShardError(f"{redact(url)}: changed on the server while it was being read; start again")

@@ -1,0 +1,392 @@
+"""Batches for training: plan, reader and tasks put together, with counted skips and a state of one integer.
+
+The sequence of batches depends on the data, the seed and the batch size alone: ranks slice each global batch, workers
+only prefetch. What a sample teaches is ``tasks``', the order is ``plan``'s.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from mmdiff.batch import Batch, Example, Layout, collate
+from mmdiff.config import Field, config
+from mmdiff.errors import ConfigError, MmdiffError, SampleError, ShardError
+from mmdiff.text import Tokenizer
+
+from .index import ShardIndex
+from .plan import Draw, Plan, SourceTable
+from .prefetch import prefetch, worker_batches
+from .ranges import shown
+from .reader import ShardReader
+from .source import open_shards
+from .task_config import TaskConfig
+from .tasks import Task, build_task, questions
+from .transforms import PixelCache
+
+__all__ = ["DataConfig", "Fetched", "Loader", "Skip", "SourceConfig", "open_loader"]
+
+MAX_CONSECUTIVE = 100
+"""So many samples skipped in a row end the run."""
+MIN_SEEN = 1000
+"""The fraction of skipped samples is judged from this many samples on."""
+
+
+@config
+class SourceConfig:
+    """Some shards and what is learnt from them."""
+
+    shards: tuple[str, ...] = Field(min_length=1)
+    """Files, folders, globs, URLs, or embedded:NAME/SPLIT."""
+    tasks: tuple[TaskConfig, ...] = Field(min_length=1)
+    """Tasks that take turns by their weights."""
+    weight: int = Field(default=1, ge=1)
+    """Multiplies the weights of this source's tasks."""
+    balance: Literal["none", "concept", "answer"] = "none"
+    """What an epoch draws. none: every sample; concept: one sample of each JSON field concept; answer: one sample of
+    each answer to the questions of the source's vqa tasks, and none without such a question."""
+
+
+@config
+class DataConfig:
+    """Where batches come from."""
+
+    sources: tuple[SourceConfig, ...] = Field(min_length=1)
+    """One or several sources, mixed by their weights."""
+    batch_size: int = Field(ge=1)
+    """Samples of a global batch, over all ranks."""
+    workers: int = Field(default=0, ge=0, le=256)
+    """Processes that prepare batches; 0 uses a thread of this process."""
+    start_method: Literal["fork", "spawn", "forkserver"] | None = None
+    """How workers are started; default: the platform's."""
+    prefetch: int = Field(default=2, ge=1)
+    """Batches that are prepared ahead, per worker."""
+    seed: int | None = None
+    """Seed of the order; default: the run's."""
+    max_skip_fraction: float = Field(default=0.001, ge=0, le=1)
+    """Larger fractions of skipped samples end the run (judged from 1,000 samples on)."""
+    damaged: Literal["skip", "refuse"] = "skip"
+    """What happens if a shard's size differs from its index: its samples are skipped and counted, or an error at the
+    start."""
+    allow_changed: bool = False
+    """Go on from a saved position although the data, the weights or the seed are not those it was saved with."""
+    cache_decoded: bool = True
+    """Keep decoded images in memory."""
+    cache_mib: int = Field(default=256, ge=0)
+    """Most memory for decoded images, per process."""
+
+
+@dataclass(frozen=True)
+class Skip:
+    """A sample that was left out.
+
+    Attributes:
+        reason: Short code.
+        key: Its name.
+        url: Its shard, without credentials.
+        position: The position it would have had.
+        message: The sentence for the log.
+    """
+
+    reason: str
+    key: str
+    url: str
+    position: int
+    message: str
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """A batch and what was skipped for it: one tuple per position."""
+
+    batch: Batch | None
+    skips: tuple[tuple[Skip, ...], ...]
+
+
+class Fetcher:
+    """Makes the examples at given positions; the same in a thread or a worker process.
+
+    Args:
+        plan: The order.
+        readers: One per source.
+        tasks: The tasks of each source.
+    """
+
+    def __init__(self, plan: Plan, readers: Sequence[ShardReader], tasks: Sequence[Sequence[Task]]) -> None:
+        self.plan, self.readers, self.tasks = plan, list(readers), [list(t) for t in tasks]
+
+    def __call__(self, positions: Sequence[int]) -> Fetched:
+        """The batch of these positions; ``batch`` is None if a position found no usable sample in 100 attempts."""
+        examples: list[Example] = []
+        skips: list[tuple[Skip, ...]] = []
+        for position in positions:
+            example, missed = self._fetch(position)
+            skips.append(missed)
+            if example is None:
+                return Fetched(None, tuple(skips))
+            examples.append(example)
+        return Fetched(collate(examples), tuple(skips))
+
+    def _fetch(self, position: int) -> tuple[Example | None, tuple[Skip, ...]]:
+        missed: list[Skip] = []
+        for attempt in range(MAX_CONSECUTIVE):
+            draw = self.plan.replacement(position, attempt) if attempt else self.plan.at(position)
+            try:
+                return self._make(draw), tuple(missed)
+            except SampleError as error:
+                missed.append(self._skip(draw, position, error.reason, str(error)))
+            except (MmdiffError, OSError, MemoryError):
+                raise  # the configuration's or the machine's fault, not the sample's
+            except Exception as error:
+                # Content no task foresaw: counted by its own reason, and too much of it stops the run all the same.
+                missed.append(self._skip(draw, position, f"unexpected_{type(error).__name__}", str(error)))
+        return None, tuple(missed)
+
+    def _make(self, draw: Draw) -> Example:
+        sample = self.readers[draw.source].read(draw.shard, draw.sample)
+        generator = torch.Generator().manual_seed(draw.seed)
+        return self.tasks[draw.source][draw.task](sample, generator)
+
+    def _skip(self, draw: Draw, position: int, reason: str, message: str) -> Skip:
+        index = self.readers[draw.source].shards[draw.shard]
+        return Skip(reason, index.key(draw.sample), shown(index.url), position, message)
+
+
+class Loader:
+    """An endless iterable of batches that can be left and resumed anywhere.
+
+    Args:
+        plan: The order.
+        readers: One per source.
+        tasks: The tasks of each source, in the plan's order.
+        batch_size: Samples of a global batch.
+        start: First position.
+        workers: Processes that prepare batches; 0 uses a thread.
+        rank: Number of this process among ``world``.
+        world: Processes that share each global batch.
+        max_skip_fraction: Larger fractions of skipped samples raise.
+        ahead: Batches prepared ahead, per worker.
+        start_method: How workers are started.
+        allow_changed: Accept a saved state of another plan.
+        on_skip: Called with every skip, in order.
+
+    Raises:
+        ConfigError: ``batch_size`` is not a multiple of ``world``.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        readers: Sequence[ShardReader],
+        tasks: Sequence[Sequence[Task]],
+        batch_size: int,
+        *,
+        start: int = 0,
+        workers: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        max_skip_fraction: float = 0.001,
+        ahead: int = 2,
+        start_method: str | None = None,
+        allow_changed: bool = False,
+        on_skip: Callable[[Skip], None] | None = None,
+    ) -> None:
+        if batch_size % world or not 0 <= rank < world:
+            raise ConfigError(
+                f"data.batch_size is {batch_size}, rank {rank} of {world}; the global batch must divide evenly"
+            )
+        self.plan = plan
+        self.position = start
+        self.batch_size = batch_size
+        self.skipped: Counter[str] = Counter()
+        self.seen = 0
+        self.on_skip = on_skip
+        self._fetcher = Fetcher(plan, readers, tasks)
+        self._workers, self._ahead, self._start_method = workers, ahead, start_method
+        self._slice = (rank * batch_size // world, (rank + 1) * batch_size // world)
+        self._max_skip_fraction, self._allow_changed = max_skip_fraction, allow_changed
+        self._row = 0
+        self._recent: deque[Skip] = deque(maxlen=MAX_CONSECUTIVE)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Batches from the present position on, without end.
+
+        Raises:
+            ShardError: Too many samples had to be skipped, a shard vanished, or a worker died.
+        """
+        starts = itertools.count(self.position, self.batch_size)
+        chunks = (range(s + self._slice[0], s + self._slice[1]) for s in starts)
+        if self._workers:
+            fetched = worker_batches(self._fetcher, chunks, self._workers, self._ahead, self._start_method, self._where)
+        else:
+            fetched = prefetch(self._fetcher, chunks, self._ahead)
+        try:
+            for item in fetched:
+                self._count(item)
+                if item.batch is None:
+                    raise ShardError("no usable sample was found")  # _count has raised with the details
+                self.position += self.batch_size
+                yield item.batch
+        finally:
+            fetched.close()
+
+    def batch_at(self, position: int) -> Batch:
+        """This rank's slice of the batch that begins at ``position``, made here and now; nothing is counted.
+
+        Raises:
+            ShardError: No usable sample was found.
+        """
+        item = self._fetcher(range(position + self._slice[0], position + self._slice[1]))
+        if item.batch is None:
+            raise ShardError(f"position {position}: {item.skips[-1][-1].message}")
+        return item.batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """``{"position": samples consumed over all ranks, "plan_hash": ...}``."""
+        return {"position": self.position, "plan_hash": self.plan.hash}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go to a saved position; costs nothing, wherever it is.
+
+        Raises:
+            ConfigError: The state is of another plan (data, weights or seed changed), or malformed.
+        """
+        position = state.get("position")
+        if not isinstance(position, int) or isinstance(position, bool) or position < 0:
+            raise ConfigError(f"data state: position {position!r} is not a number of samples")
+        if state.get("plan_hash") != self.plan.hash and not self._allow_changed:
+            raise ConfigError(
+                f"data state: saved for plan {state.get('plan_hash')}, the present data, weights and seed give "
+                f"{self.plan.hash}; restore them, or set data.allow_changed=true to go on with the new ones"
+            )
+        self.position = position
+
+    def skip_report(self) -> str:
+        """Counts of skipped samples by reason, one line."""
+        total = sum(self.skipped.values())
+        if not total:
+            return f"no samples skipped of {self.seen:,}"
+        reasons = ", ".join(f"{reason} {count:,}" for reason, count in self.skipped.most_common())
+        return f"{total:,} samples skipped of {self.seen:,} ({reasons})"
+
+    def close(self) -> None:
+        """Close files; they are opened again when needed."""
+        for reader in self._fetcher.readers:
+            reader.close()
+
+    def _count(self, item: Fetched) -> None:
+        for missed in item.skips:
+            self.seen += 1
+            for skip in missed:
+                self.skipped[skip.reason] += 1
+                self._recent.append(skip)
+                if self.on_skip is not None:
+                    self.on_skip(skip)
+            # A replacement that works does not end a bad stretch: only a position whose own sample works does.
+            self._row = self._row + len(missed) if missed else 0
+            self._judge()
+
+    def finish(self) -> None:
+        """Judge the skipped samples once more at the end of a run, however few samples it had.
+
+        Raises:
+            ShardError: More than ``max_skip_fraction`` of them were skipped.
+        """
+        self._judge(1)
+
+    def _judge(self, enough: int = MIN_SEEN) -> None:
+        total = sum(self.skipped.values())
+        if self._row >= MAX_CONSECUTIVE:
+            why = f"{self._row} samples in a row could not be used"
+        elif self.seen >= enough and total > self._max_skip_fraction * self.seen:
+            limit = f"max_skip_fraction is {self._max_skip_fraction:g}"
+            why = f"{total:,} of {self.seen:,} samples could not be used, {limit}"
+        else:
+            return
+        listed = "\n".join(f"  {s.reason}: {s.url}: {s.key}" for s in self._recent)
+        raise ShardError(
+            f"{why} ({self.skip_report()}); the last was: {self._recent[-1].message}\n{listed}\n"
+            "check the shards with: mmdiff data lint"
+        )
+
+    def _where(self) -> str:
+        """The shards that the next batch reads, for the message when a worker dies."""
+        draws = [self.plan.at(p) for p in range(self.position + self._slice[0], self.position + self._slice[1])]
+        urls = {shown(self._fetcher.readers[d.source].shards[d.shard].url) for d in draws}
+        return f"after position {self.position:,}, which reads {', '.join(sorted(urls)[:5])}"
+
+
+def open_loader(
+    options: DataConfig,
+    tokenizer: Tokenizer | None,
+    layout: Layout,
+    *,
+    seed: int,
+    rank: int = 0,
+    world: int = 1,
+    on_skip: Callable[[Skip], None] | None = None,
+) -> Loader:
+    """Open a configuration's shards and make its loader.
+
+    Args:
+        options: Sources and sizes.
+        tokenizer: For tasks with text.
+        layout: What the model expects of a sequence.
+        seed: Seed of the order, unless ``options.seed`` gives one.
+        rank: Number of this process among ``world``.
+        world: Processes that share each global batch.
+        on_skip: Called with every skip.
+
+    Raises:
+        ConfigError: A task does not fit the tokenizer or the layout.
+        ShardError: Shards are missing or damaged.
+    """
+    cache = PixelCache(options.cache_mib << 20) if options.cache_decoded else None
+    tables, readers, tasks = [], [], []
+    for source in options.sources:
+        tasks.append([build_task(task, tokenizer, layout, cache) for task in source.tasks])
+        shards = open_shards(source.shards, damaged=options.damaged)
+        weights = [source.weight * task.weight for task in source.tasks]
+        labels = _answers(source, shards) if source.balance == "answer" else None
+        tables.append(SourceTable.from_shards(shards, weights, source.balance, labels))
+        readers.append(ShardReader(shards))
+    return Loader(
+        Plan(seed if options.seed is None else options.seed, tables),
+        readers,
+        tasks,
+        options.batch_size,
+        workers=options.workers,
+        rank=rank,
+        world=world,
+        max_skip_fraction=options.max_skip_fraction,
+        ahead=options.prefetch,
+        start_method=options.start_method,
+        allow_changed=options.allow_changed,
+        on_skip=on_skip,
+    )
+
+
+def _answers(source: SourceConfig, shards: Sequence[ShardIndex]) -> list[set[str]]:
+    """Kind and answer of every question that a source's vqa tasks may ask, per sample; reads each JSON once."""
+    tasks = [task for task in source.tasks if task.type == "vqa"]
+    if not tasks:
+        raise ConfigError("data.sources: balance 'answer' needs a vqa task in the same source")
+    reader = ShardReader(shards, ("json",))
+    found: list[set[str]] = []
+    for shard, index in enumerate(shards):
+        for number in range(len(index)):
+            labels: set[str] = set()
+            for task in tasks:
+                # A sample that cannot be read, or has no such question, is in no group and never drawn.
+                with contextlib.suppress(SampleError):
+                    entries = questions(reader.read(shard, number), task.kinds)
+                    labels |= {f"{kind}: {answer}" for _, answer, kind in entries}
+            found.append(labels)
+    reader.close()
+    return found

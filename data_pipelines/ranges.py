@@ -1,0 +1,234 @@
+"""Byte ranges of shards, wherever they lie: local files by descriptor, remote ones by range requests with retries.
+
+Which addresses are allowed is decided here as well: a name never runs anything. What bytes mean is ``reader``'s and
+``index``'s business.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+
+from mmdiff.errors import MissingExtraError, SampleError, ShardError
+from mmdiff.images import redact
+
+from .http import HttpStore
+
+__all__ = ["REMOTE", "RangeReader", "read_checked", "scheme_of", "shown"]
+
+T = TypeVar("T")
+
+TRIES = 5
+"""Attempts of a remote read."""
+PAUSE_SECONDS = 0.5
+"""Pause after the first failed attempt; it doubles each time."""
+REMOTE = ("http", "https", "s3", "gs", "hf")
+"""Schemes that are read over a network."""
+
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
+_OPEN_FILES = 64
+_CLIENTS = ("aiohttp", "botocore", "gcsfs", "httpx", "requests", "urllib3")
+
+
+def shown(url: str) -> str:
+    """A URL without credentials, a path as it is: for messages and records."""
+    return redact(url) if "://" in url else url
+
+
+def scheme_of(name: str) -> str:
+    """Scheme of a URL in lower case, empty for a local path.
+
+    Raises:
+        ShardError: A scheme that is not allowed, ``pipe:`` among them.
+    """
+    match = _SCHEME.match(name)
+    scheme = match[1].lower() if match else ""
+    if not scheme or scheme == "file":
+        return ""
+    if scheme == "embedded" or (scheme in REMOTE and name[len(scheme) :].startswith("://")):
+        return scheme
+    if scheme == "pipe":
+        raise ShardError(
+            "pipe: names a shell command, and nothing that is read here may run one; give the s3://, gs:// or https:// "
+            "address itself, or copy the shards to a folder"
+        )
+    if "://" in name or not Path(name).parent.is_dir():
+        raise ShardError(f"{shown(name)}: {scheme}: is not a known kind of address; known: {', '.join(REMOTE)}, file")
+    return ""
+
+
+class RangeReader:
+    """Byte ranges of files, local ones by descriptor, remote ones by range requests.
+
+    Safe to hand to another process; connections and descriptors are opened where they are used.
+
+    Attributes:
+        bytes_read: Bytes delivered so far.
+    """
+
+    def __init__(self) -> None:
+        self.bytes_read = 0
+        self._files: dict[str, int] = {}
+        self._stores: dict[str, Any] = {}
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        RangeReader.__init__(self)
+
+    def __del__(self) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close all descriptors; they are opened again when needed."""
+        while self._files:
+            os.close(self._files.popitem()[1])
+
+    def size(self, url: str) -> int:
+        """Bytes of a file.
+
+        Raises:
+            ShardError: Missing or not reachable.
+        """
+        if scheme_of(url) in REMOTE:
+            return int(self._retry(url, lambda: self._store(url).size(url)) or 0)
+        try:
+            return os.stat(url).st_size
+        except OSError as error:
+            raise ShardError(f"{url}: cannot be read ({error.strerror})") from None
+
+    def read(self, url: str, offset: int, size: int) -> bytes:
+        """The bytes ``offset .. offset + size``; fewer at the end of the file.
+
+        Raises:
+            ShardError: The file is gone or cannot be reached: that is not one sample's fault.
+        """
+        if size <= 0:
+            return b""
+        if scheme_of(url) in REMOTE:
+            data = self._retry(url, lambda: self._store(url).cat_file(url, start=offset, end=offset + size))
+        else:
+            data = self._read_local(url, offset, size)
+        self.bytes_read += len(data)
+        return data
+
+    def stream(self, url: str) -> BinaryIO:
+        """A seekable, buffered stream over a remote file."""
+        return io.BufferedReader(_RangeStream(self, url), 1 << 20)
+
+    def whole(self, url: str, limit: int) -> bytes | None:
+        """A small remote file, None if it does not exist."""
+        store = self._store(url)
+        if not self._retry(url, lambda: store.exists(url)):
+            return None
+        return self._retry(url, lambda: store.cat_file(url, start=0, end=limit))
+
+    def listing(self, pattern: str) -> list[str]:
+        """URLs that match a remote glob, sorted."""
+        scheme = scheme_of(pattern)
+        found = self._retry(pattern, lambda: self._store(pattern).glob(pattern))
+        return sorted(str(f) if "://" in str(f) else f"{scheme}://{f}" for f in found)
+
+    def _read_local(self, url: str, offset: int, size: int) -> bytes:
+        try:
+            with self._lock:  # another thread must not close this descriptor between its opening and the read
+                if url not in self._files:
+                    if len(self._files) >= _OPEN_FILES:
+                        os.close(self._files.pop(next(iter(self._files))))
+                    self._files[url] = os.open(url, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+                return os.pread(self._files[url], size, offset)
+        except OSError as error:
+            raise ShardError(f"{url}: cannot be read ({error.strerror})") from None
+
+    def _store(self, url: str) -> Any:
+        if self._pid != os.getpid():  # connections do not survive a fork
+            self._stores, self._pid = {}, os.getpid()
+        scheme = scheme_of(url)
+        if scheme not in self._stores:
+            self._stores[scheme] = HttpStore() if scheme in ("http", "https") else _filesystem(scheme)
+        return self._stores[scheme]
+
+    def _retry(self, url: str, request: Callable[[], T]) -> T:
+        failure: Exception | None = None
+        for attempt in range(TRIES):
+            try:
+                return request()
+            except FileNotFoundError:
+                raise ShardError(f"{shown(url)}: does not exist") from None
+            except Exception as error:
+                # Every store has errors of its own for the network's faults; only those and OSError are tried again.
+                if not isinstance(error, OSError) and type(error).__module__.partition(".")[0] not in _CLIENTS:
+                    raise
+                failure = error
+            if attempt + 1 < TRIES:
+                time.sleep(PAUSE_SECONDS * 2**attempt * (0.75 + 0.5 * (hash(url) % 97) / 97))
+        kind = str(failure) if type(failure) is OSError else type(failure).__name__
+        raise ShardError(f"{shown(url)}: could not be read in {TRIES} tries ({kind}); is the network up?") from None
+
+
+class _RangeStream(io.RawIOBase):
+    """A remote file as a stream, for indexing it once."""
+
+    def __init__(self, ranges: RangeReader, url: str) -> None:
+        self._ranges, self._url, self._size, self._at = ranges, url, ranges.size(url), 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._ranges.read(self._url, self._at, min(len(buffer), max(self._size - self._at, 0)))
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+
+def _filesystem(scheme: str) -> Any:
+    import fsspec
+
+    try:
+        return fsspec.filesystem(scheme)
+    except ImportError as error:
+        package = {"s3": "s3fs", "gs": "gcsfs"}.get(scheme, "huggingface_hub")
+        raise MissingExtraError(package, "remote", f"to read {scheme}:// shards") from error
+
+
+def read_checked(ranges: RangeReader, url: str, offset: int, size: int, good: Callable[[bytes], str | None]) -> bytes:
+    """Read a range and check it; a remote range that fails the check is asked for again, as a transfer can be cut.
+
+    Args:
+        ranges: Reads.
+        url: The shard.
+        offset: First byte.
+        size: Bytes.
+        good: Returns None, or the name of what is wrong.
+
+    Raises:
+        SampleError: The check failed: reason ``"shard_differs_from_index"`` (too short) or ``"crc_mismatch"``.
+    """
+    wrong: str | None = None
+    for _ in range(TRIES if scheme_of(url) in REMOTE else 1):
+        data = ranges.read(url, offset, size)
+        if len(data) < size:
+            wrong = f"ends {size - len(data):,} bytes too early"
+        else:
+            wrong = good(data)
+        if wrong is None:
+            return data
+    reason = "shard_differs_from_index" if len(data) < size else "crc_mismatch"
+    raise SampleError(reason, f"{shown(url)}: bytes {offset:,} to {offset + size:,}: {wrong}")

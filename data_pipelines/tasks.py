@@ -1,0 +1,322 @@
+"""Tasks: what a sample is asked to teach. One configuration and one class each; a sample goes in, an `Example` out.
+
+This is the second of the two places where a sample may be refused, always with a `SampleError` and a reason.
+A new task is a configuration in ``task_config`` and a class in `_TASKS`; nothing else changes.
+
+A sample's JSON may hold ``caption`` (text), ``captions`` (list of texts), ``concept`` (text) and ``qa`` (list of
+[question, answer, kind]); a plain ``.txt`` member serves as the caption where there is no JSON.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmdiff import rng
+from mmdiff.batch import IGNORE, Example, Layout
+from mmdiff.errors import ConfigError, SampleError
+from mmdiff.text import Tokenizer
+
+from .conversations import read_conversation
+from .reader import Sample
+from .transforms import PixelCache, Pixels
+
+__all__ = ["Task", "build_task", "questions"]
+
+Task = Callable[[Sample, torch.Generator], Example]
+_MAX_CODES_BYTES = 1 << 20
+
+
+def build_task(options: Any, tokenizer: Tokenizer | None, layout: Layout, cache: PixelCache | None = None) -> Task:
+    """The function that makes a task's examples.
+
+    Args:
+        options: One of the configurations of ``task_config.TaskConfig``.
+        tokenizer: Needed by all tasks but ``image``.
+        layout: What the model expects.
+        cache: Where decoded images are kept.
+
+    Raises:
+        ConfigError: The task needs a tokenizer, image slots or image codes that are not there.
+    """
+    kind = options.type
+    if tokenizer is None and kind != "image":
+        raise ConfigError(f"task {kind!r}: needs a tokenizer; set tokenizer: in the configuration")
+    if tokenizer is not None and kind not in ("image", "pair") and tokenizer.vocab_size > layout.vocab_size:
+        raise ConfigError(
+            f"task {kind!r}: the tokenizer has {tokenizer.vocab_size:,} ids, the model {layout.vocab_size:,}; "
+            "raise the model's vocab_size"
+        )
+    if kind in ("caption", "vqa") and not layout.features:
+        raise ConfigError(f"task {kind!r}: this model does not see images; use a model with a vision tower")
+    if kind in ("text_to_image", "class_to_image") and not layout.codes:
+        raise ConfigError(f"task {kind!r}: this model draws no image codes; use a model of family unified")
+    return _TASKS[kind](options, tokenizer, layout, cache)
+
+
+class _Task:
+    """What the tasks share."""
+
+    def __init__(self, options: Any, tokenizer: Any, layout: Layout, cache: PixelCache | None) -> None:
+        self.options, self.tokenizer, self.layout = options, tokenizer, layout
+        if hasattr(options, "fit"):
+            self.pixels = Pixels(layout.image_size, options.fit, options.augment, cache)
+
+    def example(
+        self,
+        sample: Sample,
+        ids: Sequence[int],
+        learnt: Mapping[tuple[int, int], float],
+        *,
+        droppable: tuple[int, int] = (0, 0),
+        pixels: Tensor | None = None,
+    ) -> Example:
+        """Put an example together; ``learnt`` holds spans of ids and their weight in the loss."""
+        limit = getattr(self.options, "max_length", len(ids))
+        if len(ids) > limit:
+            raise SampleError("too_long", f"{sample}: {len(ids):,} ids, max_length is {limit:,}")
+        row = torch.tensor(ids, dtype=torch.int64)
+        labels, weights = torch.full_like(row, IGNORE), torch.zeros(len(row))
+        for (start, end), weight in learnt.items():
+            labels[start:end] = row[start:end]
+            weights[start:end] = weight
+        drop = torch.zeros(len(row), dtype=torch.bool)
+        drop[slice(*droppable)] = True
+        return Example(
+            key=sample.key,
+            task=self.options.type,
+            ids=row,
+            labels=labels,
+            weights=weights,
+            droppable=drop,
+            pixels=pixels,
+        )
+
+    def conversation(
+        self, sample: Sample, messages: Sequence[Mapping[str, Any]], slots: int
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids of a whole conversation and the span of every answer in it."""
+        ids: list[int] = []
+        spans: list[tuple[int, int]] = []
+        for number, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            # What is learnt of each answer is what follows a prompt, so that training meets the ids of inference.
+            chat = self.tokenizer.chat(messages[:number], slots, message["content"][0]["text"])
+            if chat.ids[: len(ids)] != ids:
+                raise SampleError("bad_conversation", f"{sample}: the template does not extend turn by turn")
+            ids = chat.ids
+            spans.append((chat.answer_start, len(ids)))
+        return ids, spans
+
+    def answered(
+        self, sample: Sample, ids: list[int], spans: Sequence[tuple[int, int]], pixels: Tensor | None
+    ) -> Example:
+        """A chat whose answers lie at ``spans``; the last one ends the ids and is filled up."""
+        start, end = spans[-1]
+        filled = start + -(-(end - start) // self.options.answer_multiple) * self.options.answer_multiple
+        ids = ids + [self.tokenizer.pad_id] * (filled - end)
+        learnt = {span: 1.0 for span in spans} | {(end, filled): self.options.pad_weight}
+        return self.example(sample, ids, learnt, pixels=pixels)
+
+
+class _Image(_Task):
+    def __call__(self, sample: Sample, generator: torch.Generator) -> Example:
+        return self.example(sample, [], {}, pixels=self.pixels(sample, generator))
+
+
+class _Pair(_Task):
+    def __call__(self, sample: Sample, generator: torch.Generator) -> Example:
+        text = _caption(sample, self.options, generator)
+        ids = self.tokenizer.encode(text)[: self.options.max_length]
+        return self.example(sample, ids, {}, pixels=self.pixels(sample, generator))
+
+
+class _Caption(_Task):
+    def __call__(self, sample: Sample, generator: torch.Generator) -> Example:
+        answer = _caption(sample, self.options, generator)
+        chat = self.tokenizer.chat(_ask_about_image(self.options.prompt), self.layout.features, answer)
+        span = (chat.answer_start, len(chat.ids))
+        return self.answered(sample, chat.ids, [span], self.pixels(sample, generator))
+
+
+class _Vqa(_Task):
+    def __call__(self, sample: Sample, generator: torch.Generator) -> Example:
+        messages: list[dict[str, Any]] = []
+        for question, answer in self._draw(sample, generator):
+            messages += [_said("user", question), _said("assistant", answer)]
+        messages[0]["content"].insert(0, {"type": "image"})
+        ids, spans = self.conversation(sample, messages, self.layout.features)
+        return self.answered(sample, ids, spans, self.pixels(sample, generator))
+
+    def _draw(self, sample: Sample, generator: torch.Generator) -> list[tuple[str, str]]:
+        """Between one and ``turns`` different questions with their answers, in random order."""
+        entries = questions(sample, self.options.kinds)
+        turns = 1 if self.options.turns == 1 else _pick(range(1, self.options.turns + 1), generator)
+        drawn: list[tuple[str, str]] = []
+        while entries and len(drawn) < turns:
+            pool = entries
+            if self.options.balance == "answer":
+                kind = _pick(list(dict.fromkeys(kind for *_, kind in entries)), generator)
+                pool = [e for e in entries if e[2] == kind]
+            entry = _pick(pool, generator)
+            entries = [e for e in entries if e is not entry]
+            drawn.append(entry[:2])
+        return drawn
+
+
+class _Chat(_Task):
+    def __call__(self, sample: Sample, generator: torch.Generator) -> Example:
+        messages = read_conversation(sample)
+        has_image = any(part["type"] == "image" for m in messages for part in m["content"])
+        if has_image and not self.layout.features:
+            raise ConfigError("task 'chat': the data holds images, but this model does not see any")
+        if self.options.system:
+            messages.insert(0, {"role": "system", "content": self.options.system})
+        ids, spans = self.conversation(sample, messages, self.layout.features if has_image else 0)
+        return self.answered(sample, ids, spans, self.pixels(sample, generator) if has_image else None)
+
+
+class _TextToImage(_Task):
+    def __call__(self, sample: Sample, generator: torch.Generator) -> Example:
+        return self.draw(sample, _caption(sample, self.options, generator))
+
+    def draw(self, sample: Sample, text: str) -> Example:
+        """A prompt and the codes of its image."""
+        codes = _codes(sample, self.layout)
+        prompt = self.tokenizer.chat([{"role": "user", "content": text}])
+        ids = prompt.ids + (codes + self.layout.code_offset).tolist()
+        return self.example(sample, ids, {(len(prompt.ids), len(ids)): 1.0}, droppable=prompt.user_span)
+
+
+class _ClassToImage(_TextToImage):
+    def __call__(self, sample: Sample, generator: torch.Generator) -> Example:
+        return self.draw(sample, self._name(sample))
+
+    def _name(self, sample: Sample) -> str:
+        number = sample.text("cls")
+        if number is not None and self.options.classes:
+            if number.isdecimal() and int(number[:9]) < len(self.options.classes):
+                return self.options.classes[int(number[:9])]
+            raise SampleError("bad_class", f"{sample}: class {number[:20]!r} is not below {len(self.options.classes)}")
+        info = sample.info()
+        names = _texts(info.get(self.options.field)) or _texts(info.get("caption")) or _texts(sample.text())
+        if not names:
+            raise SampleError("missing_class", f"{sample}: no field {self.options.field!r}, caption or text")
+        return names[0]
+
+
+class _Text(_Task):
+    def __call__(self, sample: Sample, generator: torch.Generator) -> Example:
+        info = sample.info()
+        texts = [t for f in self.options.fields for t in _texts(info.get(f))] or _texts(sample.text())
+        if not texts:
+            raise SampleError("missing_text", f"{sample}: no text in {', '.join(self.options.fields)} or .txt")
+        ids = [*self.tokenizer.encode(texts[0]), self.tokenizer.eos_id]
+        spare = len(ids) - self.options.max_length
+        if spare > 0:
+            start = int(rng.uniform(generator, (1,)).item() * (spare + 1))
+            ids = ids[start : start + self.options.max_length]
+        return self.example(sample, ids, {(0, len(ids)): 1.0})
+
+
+_TASKS: dict[str, type[Any]] = {
+    "image": _Image,
+    "pair": _Pair,
+    "caption": _Caption,
+    "vqa": _Vqa,
+    "chat": _Chat,
+    "text_to_image": _TextToImage,
+    "class_to_image": _ClassToImage,
+    "text": _Text,
+}
+
+
+def _said(role: str, text: str) -> dict[str, Any]:
+    return {"role": role, "content": [{"type": "text", "text": text}]}
+
+
+def _ask_about_image(question: str) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+
+
+def _caption(sample: Sample, options: Any, generator: torch.Generator) -> str:
+    """The main text with probability ``options.main``, else one of the others."""
+    info = sample.info()
+    main, *others = options.fields or ("caption",)
+    first = _texts(info.get(main)) or _texts(sample.text())
+    rest = [t for field in others for t in _texts(info.get(field))]
+    u, v = rng.uniform(generator, (2,)).tolist()
+    chosen = first if first and (u < options.main or not rest) else rest
+    if not chosen:
+        raise SampleError("missing_caption", f"{sample}: no text in {', '.join(options.fields)} or .txt")
+    return chosen[int(v * len(chosen))]
+
+
+def questions(sample: Sample, kinds: Sequence[str]) -> list[tuple[str, str, str]]:
+    """The (question, answer, kind) entries of a sample's JSON, of some kinds only unless ``kinds`` is empty.
+
+    Raises:
+        SampleError: Reason ``"bad_qa"`` or ``"missing_qa"``.
+    """
+    found = sample.info().get("qa")
+    entries = []
+    for entry in found if isinstance(found, list) else []:
+        if not (isinstance(entry, list) and len(entry) >= 2 and all(isinstance(e, str) and e.strip() for e in entry)):
+            raise SampleError("bad_qa", f"{sample}: qa holds {entry!r:.80}, expected [question, answer, kind]")
+        kind = entry[2] if len(entry) > 2 else ""
+        if not kinds or kind in kinds:
+            entries.append((entry[0], entry[1], kind))
+    if not entries:
+        wanted = f" of the kinds {', '.join(kinds)}" if kinds else ""
+        raise SampleError("missing_qa", f"{sample}: no questions{wanted} in its JSON")
+    return entries
+
+
+def _texts(value: Any) -> list[str]:
+    values = value if isinstance(value, list) else [value]
+    return [v.strip() for v in values if isinstance(v, str) and v.strip()]
+
+
+def _pick(items: Sequence[Any], generator: torch.Generator) -> Any:
+    return items[int(rng.uniform(generator, (1,)).item() * len(items))]
+
+
+def _codes(sample: Sample, layout: Layout) -> np.ndarray:
+    """Codes of the image in row-major order, checked."""
+    data = sample.members.get("codes.npy")
+    if data is None:
+        raise SampleError("missing_codes", f"{sample}: no member codes.npy; run mmdiff data cache on these shards")
+    codes = _array(data)
+    if codes is None:
+        raise SampleError("bad_codes", f"{sample}: codes.npy is not an array of integers")
+    if codes.size != layout.codes:
+        raise SampleError(
+            "bad_codes",
+            f"{sample}: codes.npy holds {codes.size:,} codes, the model draws {layout.codes:,} per image; run "
+            "mmdiff data cache with this model's image tokenizer",
+        )
+    if codes.min() < 0 or codes.max() >= layout.codebook:
+        raise SampleError("bad_codes", f"{sample}: codes {codes.min()} to {codes.max()}, codebook {layout.codebook:,}")
+    return codes.astype(np.int64).reshape(-1)
+
+
+def _array(data: bytes) -> np.ndarray | None:
+    """A small integer array in numpy's format; the header is checked before anything of its size is made."""
+    stream = io.BytesIO(data[:_MAX_CODES_BYTES])
+    try:
+        if np.lib.format.read_magic(stream) != (1, 0):
+            return None
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream, max_header_size=1000)
+        body = stream.read()
+        if dtype.kind not in "iu" or fortran or not body or math.prod(shape) * dtype.itemsize != len(body):
+            return None
+        return np.frombuffer(body, dtype=dtype).reshape(shape)
+    except (ValueError, SyntaxError, TypeError, KeyError, EOFError, RecursionError, MemoryError):
+        return None

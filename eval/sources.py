@@ -1,0 +1,178 @@
+"""Sets of images to be judged: folders, ``.npz`` sample batches, shards, and arrays. Nothing is skipped silently.
+
+A score over a set with a hole in it is a wrong score, so a missing, damaged or odd-sized image is an error that names
+it. All images of a set have one size; they come out as uint8 RGB in a fixed order.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
+
+from mmdiff.errors import ConfigError, SampleError
+from mmdiff.rng import generator
+
+__all__ = ["ImageSet", "count_images", "is_statistics", "open_images"]
+
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSet:
+    """Images in a fixed order, read when asked for.
+
+    Attributes:
+        names: What to call each image in messages.
+        read: Number of an image -> uint8 [H, W, 3].
+    """
+
+    names: Sequence[str]
+    read: Callable[[int], np.ndarray]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def take(self, num: int | None, *, seed: int = 0) -> ImageSet:
+        """Exactly ``num`` of the images, a seeded choice in the same order; all of them for None.
+
+        Raises:
+            ConfigError: There are fewer.
+        """
+        if num is None or num == len(self):
+            return self
+        if num > len(self):
+            raise ConfigError(f"{len(self)} images, and {num} are asked for: {num - len(self)} are missing")
+        order = torch.randperm(len(self), generator=generator(seed, "choose-images"))
+        kept = order[:num].sort().values.tolist()
+        return ImageSet(names=[self.names[i] for i in kept], read=lambda i: self.read(kept[i]))
+
+    def batches(self, size: int) -> Iterator[UInt8[Tensor, "B H W 3"]]:
+        """All images, ``size`` at a time, uint8 [B, H, W, 3].
+
+        Raises:
+            ConfigError: An image cannot be decoded, or is of another size than the first.
+        """
+        shape: tuple[int, ...] | None = None
+        for start in range(0, len(self), size):
+            rows = []
+            for i in range(start, min(start + size, len(self))):
+                image = self._checked(i, shape)
+                shape = image.shape
+                rows.append(image)
+            yield torch.from_numpy(np.stack(rows))
+
+    def _checked(self, i: int, shape: tuple[int, ...] | None) -> np.ndarray:
+        try:
+            image = self.read(i)
+        except (SampleError, OSError) as error:
+            raise ConfigError(f"{self.names[i]}: cannot be decoded ({error}); write it again or take it out") from None
+        if shape is not None and image.shape != shape:
+            (h, w), (first_h, first_w) = image.shape[:2], shape[:2]
+            raise ConfigError(f"{self.names[i]}: {w}x{h} pixels, but {self.names[0]} has {first_w}x{first_h}")
+        return image
+
+
+def open_images(source: Any) -> ImageSet:
+    """The images of a folder (recursively, sorted by path), ``.npz``, shard specification, or array.
+
+    Args:
+        source: Folder; ``.npz`` with ``arr_0`` uint8 [N, H, W, 3]; shards such as ``embedded:emoji/train`` or
+            ``data/*.tar``; uint8 array or tensor [N, H, W, 3].
+
+    Raises:
+        ConfigError: No such thing, an empty set, a gap in numbered files, or an array of another kind.
+        ShardError: A shard is missing or damaged.
+    """
+    if isinstance(source, (np.ndarray, Tensor)):
+        return _of_array(np.asarray(source), "array")
+    text = str(source)
+    path = Path(text)
+    if text.startswith("embedded:") or text.endswith((".tar", "}")) or (path.is_dir() and any(path.glob("*.tar"))):
+        return _of_shards(text)
+    if path.is_dir():
+        return _of_folder(path)
+    if text.endswith(".npz") and path.is_file():
+        return _of_npz(path)
+    raise ConfigError(f"{text}: no folder, .npz file or shards of that name")
+
+
+def count_images(source: Any) -> int:
+    """Number of images in a set; see `open_images`."""
+    return len(open_images(source))
+
+
+def is_statistics(source: object) -> bool:
+    """Whether ``source`` is an ``.npz`` of statistics (``mu`` and ``sigma``) and not of images.
+
+    Raises:
+        ConfigError: An ``.npz`` that is no archive.
+    """
+    if not isinstance(source, (str, Path)) or not str(source).endswith(".npz") or not Path(source).is_file():
+        return False
+    try:
+        with zipfile.ZipFile(source) as archive:
+            return "mu.npy" in archive.namelist()
+    except zipfile.BadZipFile:
+        raise ConfigError(f"{source}: is not an .npz archive, or is cut off; write it again") from None
+
+
+def _of_folder(folder: Path) -> ImageSet:
+    from mmdiff.images import decode
+
+    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in _SUFFIXES and p.is_file())
+    if not files:
+        raise ConfigError(f"{folder}: no images ({', '.join(_SUFFIXES)}) in this folder or below")
+    _refuse_gaps(folder, [p.stem for p in files])
+    return ImageSet(names=[str(p) for p in files], read=lambda i: np.asarray(decode(files[i].read_bytes())))
+
+
+def _refuse_gaps(folder: Path, stems: list[str]) -> None:
+    """Files named 00000, 00001, ... must have no hole: a sampler that was stopped leaves one."""
+    if not all(s.isdecimal() and len(s) == len(stems[0]) for s in stems) or len(stems) < 2:
+        return
+    numbers = {int(s) for s in stems}
+    if len(numbers) < len(stems):
+        raise ConfigError(f"{folder}: {len(stems) - len(numbers)} numbers occur twice; keep one file of each")
+    missing = sorted(set(range(min(0, *numbers), max(numbers) + 1)) - numbers)
+    # Numbers that are far apart are ids of something else (seeds, dataset ids), not a count.
+    if missing and len(missing) <= len(numbers):
+        some = ", ".join(str(n).zfill(len(stems[0])) for n in missing[:5])
+        raise ConfigError(
+            f"{folder}: {len(missing)} of {max(numbers) + 1} numbered images missing: {some}; make them again"
+        )
+
+
+def _of_npz(path: Path) -> ImageSet:
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            if "arr_0" not in archive.files:
+                raise ConfigError(f"{path}: holds {', '.join(archive.files[:8])}; images must be the array arr_0")
+            return _of_array(archive["arr_0"], str(path))
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise ConfigError(f"{path}: cannot be read as an .npz of plain arrays ({error})") from None
+
+
+def _of_array(array: np.ndarray, name: str) -> ImageSet:
+    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3 or not len(array):
+        raise ConfigError(f"{name}: {array.dtype} {array.shape}; images must be uint8 [N, H, W, 3], N at least 1")
+    return ImageSet(names=[f"{name}[{i}]" for i in range(len(array))], read=lambda i: array[i])
+
+
+def _of_shards(spec: str) -> ImageSet:
+    from data_pipelines.reader import IMAGE_SUFFIXES, ShardReader
+    from data_pipelines.source import open_shards
+    from mmdiff.images import decode
+
+    shards = open_shards(spec)
+    reader = ShardReader(shards, suffixes=IMAGE_SUFFIXES)
+    places = [(shard, sample) for shard, index in enumerate(shards) for sample in range(len(index))]
+    names = [f"{Path(shards[shard].url).name}: {shards[shard].key(sample)}" for shard, sample in places]
+    return ImageSet(names=names, read=lambda i: np.asarray(decode(reader.read(*places[i]).image())))

@@ -1,0 +1,136 @@
+"""One training sample and one batch, as tensors: the common tongue of data, objectives and models.
+
+A sequence is one row of ids in which three kinds of slots stand side by side:
+
+* text: ids 0 .. V-1 of the tokenizer;
+* vision features: `IMAGE` (-200), one slot per feature token of the vision tower, filled in row-major order;
+* image codes: ids V .. V+K-1 for code 0 .. K-1, and V+K for a masked code (`Layout.code_offset` is V).
+
+`Example.labels` says what is to be learnt where (`IGNORE` elsewhere). Nothing here draws, masks or decodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+__all__ = ["IGNORE", "IMAGE", "Batch", "Example", "Layout", "collate"]
+
+IMAGE = -200
+"""Placeholder id of a vision feature (published code of LLaVA and LLaDA-V)."""
+IGNORE = -100
+"""Label of a position that is never masked and never learnt."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """What a model expects of a sequence; tasks build examples from it.
+
+    Attributes:
+        vocab_size: V, number of text ids; also the id of image code 0.
+        features: Feature tokens per image, 0 if the model does not see images.
+        image_size: Side of the square input of the vision tower, pixels.
+        codes: Image tokens per image, 0 if the model does not draw.
+        codebook: K, number of image codes.
+    """
+
+    vocab_size: int = 0
+    features: int = 0
+    image_size: int = 64
+    codes: int = 0
+    codebook: int = 0
+
+    @property
+    def code_offset(self) -> int:
+        """Id of image code 0."""
+        return self.vocab_size
+
+    @property
+    def code_mask_id(self) -> int:
+        """Id of a masked image code."""
+        return self.vocab_size + self.codebook
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """One sample of one task.
+
+    Attributes:
+        key: Name of the sample in its shard, for messages.
+        task: Name of the task, for per-task losses.
+        ids: Int64 [L]; see the module's text. May be empty.
+        labels: Int64 [L]; the id to predict, `IGNORE` where nothing is learnt.
+        weights: Float32 [L]; weight of a labelled position in the loss.
+        droppable: Bool [L]; prompt positions that are masked when the condition is dropped (for guidance).
+        pixels: Float32 [M, 3, S, S] in [-1, 1]: the images of the `IMAGE` slots, in order, or the image to learn.
+    """
+
+    key: str
+    task: str
+    ids: Int[Tensor, "L"]
+    labels: Int[Tensor, "L"]
+    weights: Float[Tensor, "L"]
+    droppable: Bool[Tensor, "L"]
+    pixels: Float[Tensor, "M 3 S S"] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Examples of one step, right-padded.
+
+    Attributes:
+        keys: B names.
+        tasks: B task names.
+        ids: Int64 [B, L]; padding holds 0.
+        labels: Int64 [B, L]; padding holds `IGNORE`.
+        weights: Float32 [B, L].
+        droppable: Bool [B, L].
+        valid: Bool [B, L]; True = real slot.
+        pixels: Float32 [M, 3, S, S], the images of all rows in order; None if there are none.
+    """
+
+    keys: tuple[str, ...]
+    tasks: tuple[str, ...]
+    ids: Int[Tensor, "B L"]
+    labels: Int[Tensor, "B L"]
+    weights: Float[Tensor, "B L"]
+    droppable: Bool[Tensor, "B L"]
+    valid: Bool[Tensor, "B L"]
+    pixels: Float[Tensor, "M 3 S S"] | None = None
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch with every tensor on ``device``."""
+        tensors = {k: v for k, v in vars(self).items() if isinstance(v, Tensor)}
+        moved: dict[str, Any] = {k: v.to(device, non_blocking=True) for k, v in tensors.items()}
+        return replace(self, **moved)
+
+
+def collate(examples: Sequence[Example]) -> Batch:
+    """Right-pad examples to the longest and stack them; images are joined in row order."""
+    length = max(len(e.ids) for e in examples)
+
+    def stack(rows: list[Tensor], fill: float) -> Tensor:
+        out = rows[0].new_full((len(rows), length), fill)
+        for i, row in enumerate(rows):
+            out[i, : len(row)] = row
+        return out
+
+    pixels = [e.pixels for e in examples if e.pixels is not None]
+    return Batch(
+        keys=tuple(e.key for e in examples),
+        tasks=tuple(e.task for e in examples),
+        ids=stack([e.ids for e in examples], 0),
+        labels=stack([e.labels for e in examples], IGNORE),
+        weights=stack([e.weights for e in examples], 0),
+        droppable=stack([e.droppable for e in examples], False),
+        valid=stack([torch.ones(len(e.ids), dtype=torch.bool) for e in examples], False),
+        pixels=torch.cat(pixels) if pixels else None,
+    )

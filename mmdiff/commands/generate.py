@@ -1,0 +1,85 @@
+"""``mmdiff generate``: text from prompts, or pictures if an output folder is given."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mmdiff.commands.options import (
+    Device,
+    Dtype,
+    GenLength,
+    Guidance,
+    Json,
+    Model,
+    Preset,
+    Seed,
+    Steps,
+    Temperature,
+    Threshold,
+    said,
+    summary,
+)
+from mmdiff.errors import ConfigError
+
+__all__ = ["generate"]
+
+
+def generate(
+    model: Model,
+    prompts: Annotated[list[str], typer.Argument(help="Texts.")],
+    out: Annotated[Path | None, typer.Option(help="Draw pictures into this folder (or this .png for one).")] = None,
+    preset: Preset = None,
+    gen_length: GenLength = None,
+    steps: Steps = None,
+    threshold: Threshold = None,
+    temperature: Temperature = None,
+    guidance: Guidance = None,
+    seed: Seed = 0,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: Json = False,
+) -> None:
+    """Continue texts; with --out draw a picture for each prompt instead (seeds count up from --seed)."""
+    from mmdiff.pipelines import load
+
+    pipeline = load(model, device=device, dtype=dtype)
+    words: dict[str, Any] = said(
+        preset=preset, num_inference_steps=steps, temperature=temperature, guidance=guidance, threshold=threshold
+    )
+    start = time.perf_counter()
+    maker: Any
+    if out is not None:
+        if gen_length is not None:
+            raise ConfigError("--gen-length is for text; drop it, or drop --out")
+        maker = pipeline.images
+        made = _draw(maker, prompts, out, seed, words)
+    else:
+        maker = pipeline.text
+        made = maker.generate(prompts, **said(gen_length=gen_length), seeds=seed, **words)
+    typer.echo(summary(maker.trace, len(made), time.perf_counter() - start), err=True)
+    if as_json:
+        key = "text" if out is None else "image"
+        rows = [{"prompt": p, key: m} for p, m in zip(prompts, made, strict=True)]
+        typer.echo(json.dumps(rows, ensure_ascii=False, indent=1))
+        return
+    for result in made:
+        typer.echo(result)
+
+
+def _draw(maker: Any, prompts: list[str], out: Path, seed: int, words: dict[str, Any]) -> list[str]:
+    from mmdiff.images import encode_png
+
+    single = out.suffix.lower() == ".png"
+    if single and len(prompts) > 1:
+        raise ConfigError(f"{out} is one file for {len(prompts)} prompts; give a folder")
+    images = maker(prompts=prompts, seeds=[seed + i for i in range(len(prompts))], **words).images
+    paths = [out] if single else [out / f"{i:04d}.png" for i in range(len(prompts))]
+    for path, image in zip(paths, images, strict=True):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encode_png(image))
+    return [str(p) for p in paths]

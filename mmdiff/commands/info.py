@@ -1,0 +1,146 @@
+"""``mmdiff info``: what a checkpoint is, without loading it."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from mmdiff.models.registry import Identity
+    from mmdiff.text import Tokenizer
+
+__all__ = ["describe", "info"]
+
+
+def info(
+    path: Annotated[str, typer.Argument(help="Folder, weight file or hub id.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Print family, sizes, dtype, licence, capabilities and tokenizers of a checkpoint."""
+    report = describe(path)
+    typer.echo(json.dumps(report, indent=2) if as_json else _text(report))
+
+
+def describe(path_or_id: str | Path) -> dict[str, Any]:
+    """Everything `info` prints, as plain data. Weights are not read.
+
+    Args:
+        path_or_id: Folder, weight file or hub id.
+
+    Returns:
+        Keys ``path tensors parameters bytes dtypes``, and for a checkpoint with a config.json also ``family layout
+        config licence capabilities tokenizer image_tokenizer classes manifest``.
+
+    Raises:
+        CheckpointError: Missing, damaged, of no known family, or not fitting its configuration.
+    """
+    from mmdiff.io import hub
+    from mmdiff.io.checkpoint import read_tensors
+    from mmdiff.io.folder import identify
+
+    path = hub.resolve(path_or_id)
+    if path.is_file() and not (path.parent / "config.json").is_file():
+        return {"path": str(path), **_weights(read_tensors(path).info)}
+    return _checkpoint(identify(path))
+
+
+def _checkpoint(identity: Identity) -> dict[str, Any]:
+    from mmdiff import config as configs
+    from mmdiff.io import card
+    from mmdiff.io.atomic import MANIFEST
+    from mmdiff.io.folder import open_checkpoint
+    from mmdiff.models.registry import build
+    from mmdiff.pipelines.base import Checkpoint
+    from mmdiff.text import Tokenizer
+
+    folder = identity.path if identity.path.is_dir() else identity.path.parent
+    tokenizer = Tokenizer.from_pretrained(folder) if (folder / "tokenizer.json").is_file() else None
+    tokens = folder / "image_tokenizer"
+    images = describe(tokens) if tokens.is_dir() else None
+    classes = _classes(folder)
+    parts = Checkpoint(
+        model=build(identity.config, device="meta"), tokenizer=tokenizer, image_tokenizer=images, classes=classes
+    )
+    return {
+        "path": str(identity.path),
+        "family": identity.family,
+        "layout": identity.layout,
+        **_weights(open_checkpoint(identity).info),
+        "licence": card.licence_of(folder),
+        "capabilities": sorted(parts.capabilities),
+        "tokenizer": _tokenizer(tokenizer),
+        "image_tokenizer": images,
+        "classes": len(classes),
+        "manifest": (folder / MANIFEST).is_file(),
+        "config": configs.to_dict(identity.config),
+    }
+
+
+def _weights(tensors: Any) -> dict[str, Any]:
+    dtypes: Counter[str] = Counter()
+    for entry in tensors.values():
+        dtypes[str(entry.dtype).removeprefix("torch.")] += entry.nbytes // entry.dtype.itemsize
+    return {
+        "tensors": len(tensors),
+        "parameters": sum(dtypes.values()),
+        "bytes": sum(entry.nbytes for entry in tensors.values()),
+        "dtypes": dict(dtypes.most_common()),
+        "files": len({entry.file for entry in tensors.values()}),
+    }
+
+
+def _tokenizer(tokenizer: Tokenizer | None) -> dict[str, int] | None:
+    if tokenizer is None:
+        return None
+    names = ("vocab_size", "mask_id", "bos_id", "eos_id", "eot_id")
+    return {name: getattr(tokenizer, name) for name in names}
+
+
+def _classes(folder: Path) -> tuple[str, ...]:
+    from mmdiff.io.atomic import load_json
+
+    file = folder / "classes.json"
+    names = load_json(file) if file.is_file() else []
+    return tuple(map(str, names)) if isinstance(names, list) else ()
+
+
+def _text(report: dict[str, Any]) -> str:
+    dtypes = ", ".join(f"{name} {count:,}" for name, count in report["dtypes"].items())
+    lines = [
+        report["path"],
+        f"  weights: {report['parameters']:,} parameters in {report['tensors']:,} tensors, {report['bytes']:,} bytes, "
+        f"{report['files']} file{'s' if report['files'] != 1 else ''}; {dtypes}",
+    ]
+    if "family" not in report:
+        return "\n".join([*lines, "  no config.json beside it: the family is not known"])
+    tokenizer, images = report["tokenizer"], report["image_tokenizer"]
+    special = ", ".join(f"{k.removesuffix('_id')} {v}" for k, v in (tokenizer or {}).items() if k != "vocab_size")
+    sizes = ", ".join(f"{key} {value}" for key, value in _flat(report["config"]))
+    lines[1:1] = [f"  family: {report['family']} in the layout {report['layout']!r}", f"  sizes: {sizes}"]
+    lines += [
+        f"  capabilities: {', '.join(report['capabilities']) or 'none without a tokenizer beside it'}",
+        f"  tokenizer: {tokenizer['vocab_size']:,} ids; {special}" if tokenizer else "  tokenizer: none",
+        f"  image tokenizer: {_images(images)}" if images else "  image tokenizer: none",
+        f"  classes: {report['classes'] or 'none'}",
+        f"  licence: {report['licence'] or 'not stated'}",
+        f"  manifest: {'present, checked when the weights are loaded' if report['manifest'] else 'none'}",
+    ]
+    return "\n".join(lines)
+
+
+def _images(report: dict[str, Any]) -> str:
+    return f"{report['family']}, {report['parameters']:,} parameters"
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    rows: list[tuple[str, Any]] = []
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            rows += _flat(value, f"{prefix}{key}.")
+        elif key != "type":
+            rows.append((f"{prefix}{key}", value))
+    return rows

@@ -1,0 +1,51 @@
+"""Options that the commands of inference share. Light: typer only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+__all__ = [
+    "Device",
+    "Dtype",
+    "GenLength",
+    "Guidance",
+    "Json",
+    "Model",
+    "Preset",
+    "Seed",
+    "Steps",
+    "Temperature",
+    "Threshold",
+    "said",
+    "summary",
+]
+
+Model = Annotated[str, typer.Argument(help="Checkpoint: folder or hub id.")]
+Device = Annotated[str | None, typer.Option(help="Where it runs; default a GPU if there is one.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default as stored.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Preset = Annotated[str | None, typer.Option(help="exact, fast (default) or turbo.")]
+GenLength = Annotated[int | None, typer.Option(min=1, help="Tokens of an answer, at most.")]
+Steps = Annotated[int | None, typer.Option("--num-inference-steps", "--steps", min=1, help="Passes of the network.")]
+Threshold = Annotated[float | None, typer.Option(help="Decide tokens of at least this probability.")]
+Temperature = Annotated[float | None, typer.Option(min=0, help="0 = most probable; above, drawn at random.")]
+Guidance = Annotated[float | None, typer.Option(help="Weight of the prompt; 1 = none.")]
+Seed = Annotated[int, typer.Option(help="Seed of random draws.")]
+Image = Annotated[list[Path], typer.Argument(help="Image files.")]
+
+
+def said(**words: Any) -> dict[str, Any]:
+    """The options that were given."""
+    return {k: v for k, v in words.items() if v is not None}
+
+
+def summary(trace: Any, items: int, seconds: float) -> str:
+    """What a run cost, for stderr: time, and passes and tokens per pass and row of the last batch."""
+    line = f"{items} done in {seconds:.1f} s"
+    if trace is None or not trace.nfe:
+        return line
+    per_pass = int(trace.committed.sum()) / sum(trace.row_nfe)
+    return f"{line}; last batch: {trace.nfe} passes, {per_pass:.2f} tokens per pass and item"

@@ -1,0 +1,47 @@
+"""The configuration of ``mmdiff train``. Loaded late: it knows every model, objective and task, so it is heavy."""
+
+from __future__ import annotations
+
+from data_pipelines.loader import DataConfig
+from mmdiff.config import Field, config
+from mmdiff.errors import ConfigError
+from mmdiff.models.registry import ModelConfig
+from mmdiff.training.loop import TrainConfig
+from mmdiff.training.objective import ObjectiveConfig
+
+__all__ = ["RunConfig"]
+
+
+@config
+class RunConfig:
+    """A training run. Paths are relative to the folder in which the command is started."""
+
+    model: ModelConfig | None = None
+    """A network with new weights; give this or ``init_from``."""
+    init_from: str | None = None
+    """A network with weights: folder in our or the published layout, or hub id."""
+    init_parts: dict[str, str] = Field(default_factory=dict)
+    """Weights of parts of the network from other checkpoints: ``{vision: FOLDER}`` takes the part of that name there,
+    or the whole network if it has no such part."""
+    tokenizer: str | None = None
+    """Folder with tokenizer.json; needed by every task with text."""
+    image_tokenizer: str | None = None
+    """Model folder of the image tokenizer that made the codes; copied into the result, so that it can draw."""
+    classes: str | None = None
+    """JSON list of class names; copied into the result."""
+    generation: dict[str, dict[str, float | int | str]] | None = None
+    """Defaults of generation that are written beside the weights: ``text`` and ``image``, each with its words."""
+    data: DataConfig
+    """Shards and tasks."""
+    objective: ObjectiveConfig
+    """What is learnt."""
+    train: TrainConfig
+    """How long and how."""
+    device: str | None = None
+    """Where to train, such as cpu or cuda; default: the accelerator, if there is one."""
+    out: str
+    """Folder of the run."""
+
+    def __post_init__(self) -> None:
+        if (self.model is None) == (self.init_from is None):
+            raise ConfigError("give model (new weights) or init_from (weights to start from), and not both")

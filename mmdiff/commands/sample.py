@@ -1,0 +1,299 @@
+"""``mmdiff sample``: many pictures for a measurement, one seed each, resumable.
+
+Picture i is a function of the checkpoint, the options, its label and seed0 + i; the batch size and the number of
+processes only change the speed. Under torchrun or accelerate every process draws its share.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mmdiff.commands.options import Device, Dtype, Guidance, Json, Model, Preset, Steps, Temperature, said
+from mmdiff.errors import EXIT_STOPPED, ConfigError, SampleError
+
+__all__ = ["Plan", "sample"]
+
+_SHARD = 1000
+_MANIFEST = "manifest.json"
+_PARTS = (".json", ".safetensors", ".pth", ".pt", ".ckpt", ".bin")
+"""Suffixes of files that decide what a checkpoint draws."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What decides every pixel: written to the folder, and compared when a run goes on.
+
+    Attributes:
+        checkpoint: SHA-256 over the checkpoint's files.
+        labels: Class numbers, drawn in turn.
+        prompts: Texts, drawn in turn, instead of labels.
+        seed0: Seed of picture 0.
+        options: Generation words.
+        dtype: Precision of the weights; None = as stored.
+        size: Side of the pictures, pixels.
+    """
+
+    checkpoint: str
+    labels: list[int]
+    prompts: list[str]
+    seed0: int
+    options: dict[str, Any]
+    dtype: str | None
+    size: int
+
+    def subject(self, i: int) -> Any:
+        """Label or prompt of picture i: in turn, so that any number of pictures is balanced."""
+        subjects: Sequence[Any] = self.labels or self.prompts
+        return subjects[i % len(subjects)]
+
+
+def sample(
+    model: Model,
+    num: Annotated[int, typer.Option(min=1, help="Pictures in all.")],
+    out: Annotated[Path, typer.Option(help="Folder; an interrupted run goes on there.")],
+    labels: Annotated[str | None, typer.Option(help="Class numbers such as 0-9,17; default all classes.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="Text file, one prompt per line, instead of labels.")] = None,
+    npz: Annotated[bool, typer.Option("--npz", help="Also write OUT/samples.npz (arr_0 uint8, arr_1 labels).")] = False,
+    seed0: Annotated[int, typer.Option(help="Seed of the first picture; picture i has seed0 + i.")] = 0,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures per pass.")] = 32,
+    preset: Preset = None,
+    steps: Steps = None,
+    temperature: Temperature = None,
+    guidance: Guidance = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: Json = False,
+) -> None:
+    """Draw pictures with balanced classes; existing ones are checked and kept."""
+    from mmdiff.pipelines import ImageGenerator
+
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    generator = ImageGenerator.from_pretrained(model, device=device or _device(), dtype=dtype)
+    plan = _plan(
+        model,
+        generator,
+        labels,
+        prompts,
+        seed0,
+        dtype,
+        said(preset=preset, num_inference_steps=steps, temperature=temperature, guidance=guidance),
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    _agree(out / _MANIFEST, plan, num, main=rank == 0)
+    start = time.perf_counter()
+    todo = _missing(out, range(rank, num, world), plan.size)
+    try:
+        with _sigterm_as_interrupt():
+            _draw(generator, plan, out, todo, batch)
+    except KeyboardInterrupt:
+        typer.echo(f"stopped; the finished pictures are kept: the same command goes on in {out}", err=True)
+        raise typer.Exit(EXIT_STOPPED) from None
+    if npz:
+        _pack(out, plan, num)
+    result = {"out": str(out), "images": num, "drawn": len(todo), "seconds": round(time.perf_counter() - start, 3)}
+    typer.echo(json.dumps(result) if as_json else str(out))
+
+
+def path_of(out: Path, i: int) -> Path:
+    """Where picture i lies: 00000/000000.png."""
+    return out / f"{i // _SHARD:05d}" / f"{i:06d}.png"
+
+
+def _draw(generator: Any, plan: Plan, out: Path, todo: Sequence[int], batch: int) -> None:
+    from tqdm import tqdm
+
+    from mmdiff.images import encode_png
+
+    with tqdm(total=len(todo), unit="image", desc="drawing") as bar:
+        for part in _parts(todo, batch):
+            subjects = [plan.subject(i) for i in part]
+            what: dict[str, Any] = {"labels": subjects} if plan.labels else {"prompts": subjects}
+            images = generator(**what, seeds=[plan.seed0 + i for i in part], **plan.options).images
+            for i, image in zip(part, images, strict=True):
+                _write(path_of(out, i), encode_png(image))
+            bar.update(len(part))
+
+
+def _write(path: Path, data: bytes) -> None:
+    path.parent.mkdir(exist_ok=True)
+    draft = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    draft.write_bytes(data)
+    draft.replace(path)
+
+
+def _missing(out: Path, wanted: Sequence[int], size: int) -> list[int]:
+    """Pictures that are not there whole; each one that is there is decoded."""
+    from tqdm import tqdm
+
+    for draft in out.glob("*/.*.tmp-*"):
+        # Another process may be writing its own; only what a dead one left behind goes away.
+        if not _alive(draft.name.rpartition("-")[2]):
+            draft.unlink(missing_ok=True)
+    there = [i for i in wanted if path_of(out, i).exists()]
+    whole = {
+        i for i in tqdm(there, unit="image", desc="checking", disable=not there) if _is_whole(path_of(out, i), size)
+    }
+    return [i for i in wanted if i not in whole]
+
+
+def _is_whole(path: Path, size: int) -> bool:
+    from mmdiff.images import open_image
+
+    try:
+        return open_image(path).size == (size, size)
+    except (SampleError, ConfigError):
+        return False
+
+
+def _alive(pid: str) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except (ValueError, ProcessLookupError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _plan(
+    model: str,
+    generator: Any,
+    labels: str | None,
+    prompts: Path | None,
+    seed0: int,
+    dtype: str | None,
+    options: dict[str, Any],
+) -> Plan:
+    if labels is not None and prompts is not None:
+        raise ConfigError("give --labels or --prompts, not both")
+    texts: list[str] = []
+    numbers: list[int] = []
+    if prompts is not None:
+        texts = _read_prompts(prompts)
+    else:
+        generator.require("class_image")
+        numbers = _numbers(labels, len(generator.checkpoint.classes))
+    return Plan(
+        checkpoint=_digest(model),
+        labels=numbers,
+        prompts=texts,
+        seed0=seed0,
+        options=options,
+        dtype=dtype,
+        size=generator.checkpoint.image_tokenizer.config.image_size,
+    )
+
+
+def _numbers(text: str | None, classes: int) -> list[int]:
+    """Class numbers of text such as ``0-9,17``; all classes for None."""
+    if text is None:
+        return list(range(classes))
+    out: list[int] = []
+    for piece in text.split(","):
+        first, dash, last = piece.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise ConfigError(f"--labels {text!r}: expected numbers and ranges such as 0-9,17")
+        out += range(int(first), int(last if dash else first) + 1)
+    wrong = [n for n in out if n >= classes]
+    if not out or wrong:
+        raise ConfigError(f"--labels {text!r}: {wrong[:5]} not among the checkpoint's classes 0 to {classes - 1}")
+    return out
+
+
+def _read_prompts(path: Path) -> list[str]:
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as text ({error})") from None
+    texts = [line for line in lines if line]
+    if not texts:
+        raise ConfigError(f"{path}: holds no prompts")
+    return texts
+
+
+def _digest(model: str) -> str:
+    import hashlib
+
+    from mmdiff.models.registry import resolve
+
+    path, total = resolve(model), hashlib.sha256()
+    folder = path if path.is_dir() else path.parent
+    for path in sorted(p for p in folder.rglob("*") if p.suffix in _PARTS and p.is_file()):
+        if path.name != _MANIFEST:
+            with path.open("rb") as file:
+                total.update(f"{path.relative_to(folder).as_posix()} ".encode())
+                total.update(hashlib.file_digest(file, "sha256").digest())
+    return total.hexdigest()
+
+
+def _agree(path: Path, plan: Plan, num: int, *, main: bool) -> None:
+    """Write the manifest, or make sure that the folder's one tells the same pictures."""
+    from mmdiff import config
+
+    mine = asdict(plan)
+    if path.exists():
+        try:
+            theirs = json.loads(path.read_text(encoding="utf-8"))["config"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise ConfigError(f"{path}: is not a manifest of `mmdiff sample`; give another folder") from None
+        differing = sorted(k for k in {*mine, *theirs} if mine.get(k) != theirs.get(k))
+        if differing:
+            raise ConfigError(
+                f"{path.parent}: holds pictures of other settings ({', '.join(differing)} differ); give another folder"
+            )
+    if main:
+        tree = {"num": num, "config": mine, "hash": config.fingerprint(mine)}
+        _write(path, (json.dumps(tree, indent=1) + "\n").encode())
+
+
+def _pack(out: Path, plan: Plan, num: int) -> None:
+    """All pictures in one file, in the layout of ADM's sample batches."""
+    import numpy as np
+
+    from mmdiff.images import open_image
+
+    missing = [i for i in range(num) if not path_of(out, i).exists()]
+    if missing:
+        typer.echo(f"{len(missing)} pictures of other processes are not there yet; --npz is left to the last", err=True)
+        return
+    arrays: dict[str, Any] = {"arr_0": np.stack([np.asarray(open_image(path_of(out, i))) for i in range(num)])}
+    if plan.labels:
+        arrays["arr_1"] = np.array([plan.subject(i) for i in range(num)], dtype=np.int64)
+    draft = out / f".samples.tmp-{os.getpid()}"
+    with draft.open("wb") as file:
+        np.savez(file, **arrays)
+    draft.replace(out / "samples.npz")
+
+
+def _device() -> str | None:
+    local = os.environ.get("LOCAL_RANK")
+    if local is None:
+        return None
+    import torch
+
+    return f"cuda:{local}" if torch.cuda.is_available() else "cpu"
+
+
+def _parts(items: Sequence[int], size: int) -> Iterator[list[int]]:
+    for i in range(0, len(items), size):
+        yield list(items[i : i + size])
+
+
+@contextlib.contextmanager
+def _sigterm_as_interrupt() -> Iterator[None]:
+    """SIGTERM ends the block as Ctrl-C does."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,355 @@
+"""``mmdiff train CONFIG``: build what a recipe names, train it, export the averaged weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mmdiff.errors import EXIT_STOPPED, ConfigError
+
+if TYPE_CHECKING:
+    from mmdiff.batch import Layout
+    from mmdiff.commands.recipe import RunConfig
+    from mmdiff.text import Tokenizer
+    from mmdiff.training.loop import FitReport
+    from mmdiff.training.memory import Estimate
+    from mmdiff.training.probes import Probe
+
+__all__ = ["TrainResult", "command", "load_config", "run", "train"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """What came of `run`.
+
+    Attributes:
+        run_dir: Folder of the run.
+        model_dir: The exported model; None after a stop or a dry run.
+        fit: Report of the training; None after a dry run.
+        estimate: Memory and parameters; only after a dry run.
+        resume_command: Goes on with the run.
+    """
+
+    run_dir: Path
+    model_dir: Path | None = None
+    fit: FitReport | None = None
+    estimate: Estimate | None = None
+    resume_command: str = ""
+
+
+def train(
+    config: str | Path | Mapping[str, Any],
+    overrides: Sequence[str] | Mapping[str, Any] = (),
+    *,
+    resume: bool = False,
+    dry_run: bool = False,
+    probes: Iterable[Probe] = (),
+    progress: bool = True,
+    **changes: Any,
+) -> TrainResult:
+    """Train from Python: `run`, with overrides as keyword arguments too.
+
+    >>> train("demo/unified.yaml", out="runs/mine", train={"samples": 1000})  # doctest: +SKIP
+    """
+    texts = [*_texts(overrides), *_texts(changes)]
+    return run(config, texts, resume=resume, dry_run=dry_run, probes=probes, progress=progress)
+
+
+def run(
+    config: str | Path | Mapping[str, Any],
+    overrides: Sequence[str] | Mapping[str, Any] = (),
+    *,
+    resume: bool = False,
+    dry_run: bool = False,
+    probes: Iterable[Probe] = (),
+    progress: bool = True,
+) -> TrainResult:
+    """Train a model as a recipe says.
+
+    Args:
+        config: Name of a recipe, path of a YAML file, or its content.
+        overrides: ``dotted.key=value`` strings, or a mapping from dotted keys to values.
+        resume: Go on with the run in the folder ``out``.
+        dry_run: Build everything, run one batch, write nothing.
+        probes: See `mmdiff.training.probes.Probe`.
+        progress: Show a bar or lines on stderr.
+
+    Raises:
+        ConfigError: The recipe cannot be carried out.
+        ShardError: The data cannot be used.
+        CheckpointError: A checkpoint or model cannot be read or written.
+    """
+    spec = load_config(config, overrides)
+    _refuse_several_processes()
+    run_dir = Path(spec.out)
+    from mmdiff.training import state
+
+    if not dry_run:
+        # Before minutes are spent on building.
+        state.check(run_dir, spec, resume=resume)
+    device = spec.device or _best_device()
+    tokenizer, image_tokenizer, classes = _tokenizer(spec), _image_tokenizer(spec), _classes(spec)
+    model = _model(spec)
+    layout = _layout(model)
+    _check_text(spec, model, tokenizer, layout)
+    _check_images(spec, image_tokenizer, layout)
+    loader, objective = _loader(spec, tokenizer, layout, run_dir, dry_run), _objective(spec)
+    if dry_run:
+        from mmdiff.training.memory import estimate
+
+        return TrainResult(run_dir=run_dir, estimate=estimate(model, objective, loader.batch_at(0), spec.train, device))
+    from mmdiff.training.loop import fit
+
+    report = fit(
+        model,
+        objective,
+        loader,
+        spec.train,
+        run_dir,
+        resume=resume,
+        probes=probes,
+        run_config=spec,
+        description=run_dir.name,
+        device=device,
+        progress=progress,
+    )
+    again = f"mmdiff train {shlex.quote(str(run_dir / 'config.yaml'))} --resume"
+    model_dir = None
+    if not report.stopped:
+        state.load_average(run_dir, model)
+        model_dir = run_dir / "model"
+        model.to("cpu").save_pretrained(
+            model_dir,
+            tokenizer=tokenizer,
+            image_tokenizer=image_tokenizer,
+            classes=classes,
+            generation=spec.generation,
+        )
+    if report.skipped:
+        print(loader.skip_report(), file=sys.stderr)
+    if not report.stopped:
+        loader.finish()
+    return TrainResult(run_dir=run_dir, model_dir=model_dir, fit=report, resume_command=again)
+
+
+def load_config(config: str | Path | Mapping[str, Any], overrides: Sequence[str] | Mapping[str, Any] = ()) -> RunConfig:
+    """The recipe with its overrides, checked.
+
+    Raises:
+        ConfigError: No such recipe, unknown key, wrong value.
+    """
+    from mmdiff import config as configs
+    from mmdiff.commands.recipe import RunConfig
+
+    source = config if isinstance(config, Mapping) else configs.find_recipe(config)
+    return configs.load(RunConfig, source, _texts(overrides))
+
+
+def command(
+    config: Annotated[str, typer.Argument(help="Path of a YAML file, or name of a recipe such as demo/unified.yaml.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Changes: dotted.key=value ...")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder `out`.")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Build everything, run one batch, say what memory it takes, write nothing."),
+    ] = False,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Print the full configuration and exit.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Train a model; Ctrl-C saves and stops, --resume goes on."""
+    texts = overrides or []
+    if print_config:
+        from mmdiff import config as configs
+
+        spec = load_config(config, texts)
+        typer.echo(json.dumps(configs.to_dict(spec)) if as_json else configs.dump(spec), nl=as_json)
+        return
+    result = run(config, texts, resume=resume, dry_run=dry_run)
+    if result.estimate is not None:
+        table = {**asdict(result.estimate), "total": result.estimate.total}
+        typer.echo(json.dumps(table) if as_json else _table(table))
+        return
+    if as_json:
+        typer.echo(json.dumps(asdict(result), default=str))
+    if result.fit is not None and result.fit.stopped:
+        typer.echo(f"stopped and saved at {result.fit.samples:,} samples; go on with:", err=True)
+        typer.echo(f"  {result.resume_command}", err=True)
+        raise typer.Exit(EXIT_STOPPED)
+    if not as_json:
+        typer.echo(result.model_dir)
+
+
+def _texts(overrides: Sequence[str] | Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Overrides as ``dotted.key=value``; JSON is YAML. Mappings are merged into what is there, key by key."""
+    if not isinstance(overrides, Mapping):
+        return list(overrides)
+    out: list[str] = []
+    for key, value in overrides.items():
+        if isinstance(value, Mapping) and value:
+            out += _texts(value, f"{prefix}{key}.")
+        else:
+            plain = str(value) if isinstance(value, os.PathLike) else value
+            try:
+                out.append(f"{prefix}{key}={json.dumps(plain)}")
+            except TypeError:
+                raise ConfigError(f"override {prefix}{key}: {value!r} is not plain data") from None
+    return out
+
+
+def _refuse_several_processes() -> None:
+    world = os.environ.get("WORLD_SIZE", "1")
+    if world not in ("", "1"):
+        raise ConfigError(f"WORLD_SIZE={world}: several processes are not supported yet; start one process")
+
+
+def _best_device() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _tokenizer(spec: RunConfig) -> Tokenizer | None:
+    from mmdiff.text import Tokenizer
+
+    return Tokenizer.from_pretrained(spec.tokenizer) if spec.tokenizer else None
+
+
+def _image_tokenizer(spec: RunConfig) -> Any:
+    from mmdiff.models.registry import load_model
+
+    if spec.image_tokenizer is None:
+        return None
+    model = load_model(spec.image_tokenizer)
+    if not hasattr(model, "codebook"):
+        raise ConfigError(f"{spec.image_tokenizer}: a {type(model).__name__} is no image tokenizer")
+    return model
+
+
+def _model(spec: RunConfig) -> Any:
+    from mmdiff import rng
+    from mmdiff.models import registry
+
+    if spec.init_from is not None:
+        model: Any = registry.load_model(spec.init_from)
+    else:
+        model = registry.build(spec.model, generator=rng.generator(spec.train.seed, "init"))
+    for name, source in spec.init_parts.items():
+        _init_part(model, name, source, registry.load_model(source))
+    return model
+
+
+def _init_part(model: Any, name: str, source: str, other: Any) -> None:
+    """Copy a part of another network, or all of it, into the part ``name`` of ``model``."""
+    parts = dict(model.named_children())
+    if name not in parts:
+        raise ConfigError(f"init_parts: {type(model).__name__} has no part {name!r}; it has {', '.join(parts)}")
+    given = dict(other.named_children()).get(name, other)
+    try:
+        parts[name].load_state_dict(given.state_dict())
+    except RuntimeError as error:
+        raise ConfigError(f"init_parts: {source} does not fit part {name!r}: {error}") from None
+
+
+def _layout(model: Any) -> Layout:
+    from mmdiff.batch import Layout
+
+    return model.layout() if hasattr(model, "layout") else Layout(image_size=model.config.image_size)
+
+
+def _check_text(spec: RunConfig, model: Any, tokenizer: Tokenizer | None, layout: Layout) -> None:
+    """Find a tokenizer that does not fit before hours are spent on it."""
+    if tokenizer is None:
+        return
+    if tokenizer.vocab_size > layout.vocab_size > 0:
+        raise ConfigError(
+            f"tokenizer {spec.tokenizer} has {tokenizer.vocab_size:,} ids, the model room for {layout.vocab_size:,}; "
+            "raise the model's vocab_size or train a smaller tokenizer"
+        )
+    language = getattr(model.config, "language", model.config)
+    for name in ("mask_id", "eos_id", "bos_id", "eot_id"):
+        want, have = getattr(language, name, None), getattr(tokenizer, name)
+        if want is not None and want != have:
+            raise ConfigError(
+                f"the model's {name} is {want}, but {have} in tokenizer {spec.tokenizer}; set it to {have}"
+            )
+
+
+def _check_images(spec: RunConfig, image_tokenizer: Any, layout: Layout) -> None:
+    """Find an image tokenizer that does not fit."""
+    if image_tokenizer is None:
+        return
+    have = (image_tokenizer.grid**2, image_tokenizer.codebook)
+    if have != (layout.codes, layout.codebook):
+        raise ConfigError(
+            f"image tokenizer {spec.image_tokenizer} makes {have[0]} tokens of {have[1]:,} codes, the model draws "
+            f"{layout.codes} of {layout.codebook:,}; set the model's codes.grid and codes.codebook"
+        )
+
+
+def _objective(spec: RunConfig) -> Any:
+    from mmdiff.training.objective import build
+
+    return build(spec.objective)
+
+
+def _loader(spec: RunConfig, tokenizer: Tokenizer | None, layout: Layout, run_dir: Path, dry_run: bool) -> Any:
+    from data_pipelines.loader import open_loader
+
+    on_skip = None if dry_run else _skip_log(run_dir / "skipped.jsonl")
+    return open_loader(spec.data, tokenizer, layout, seed=spec.train.seed, on_skip=on_skip)
+
+
+def _skip_log(path: Path) -> Callable[[Any], None]:
+    """A callback that appends skipped samples to a file, each once, though a resumed run passes some again."""
+    began = False
+
+    def write(skip: Any) -> None:
+        nonlocal began
+        if not began and path.exists():
+            lines = [t for t in path.read_text("utf-8").splitlines() if _position(t) < skip.position]
+            path.write_text("".join(f"{t}\n" for t in lines), "utf-8")
+        began = True
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(skip)) + "\n")
+
+    return write
+
+
+def _position(line: str) -> float:
+    try:
+        return json.loads(line)["position"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")  # the half line of a killed run
+
+
+def _classes(spec: RunConfig) -> list[str] | None:
+    from mmdiff.io.atomic import load_json
+
+    if spec.classes is None:
+        return None
+    names = load_json(spec.classes)
+    if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
+        raise ConfigError(f"{spec.classes}: expected a JSON list of class names")
+    return names
+
+
+def _table(values: Mapping[str, Any]) -> str:
+    def lines() -> Iterator[str]:
+        yield f"parameters  {values['parameters']:,} ({values['trainable']:,} trained)"
+        yield "losses      " + "  ".join(f"{k} {v:.4f}" for k, v in values["losses"].items())
+        for name in ("weights", "gradients", "optimizer", "average", "activations", "total"):
+            yield f"{name:<11} {values[name] / 2**20:12,.1f} MiB"
+
+    return "\n".join(lines())

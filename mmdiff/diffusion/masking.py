@@ -1,0 +1,92 @@
+"""The forward process: how much is masked at time t, and which positions.
+
+t runs from 0 (nothing masked) to 1 (all masked). Draws come from the caller: uniforms go in, masks come out, so that
+recorded draws of a reference run give its masks.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+__all__ = [
+    "EPS",
+    "exact_count_mask",
+    "independent_mask",
+    "mask_probability",
+    "masked_share",
+    "stratified_times",
+    "uniform_count_mask",
+]
+
+EPS = 1e-3
+"""Smallest mask probability of LLaDA's training (its guidelines, section on pre-training)."""
+
+
+def mask_probability(t: Float[Tensor, "B"], eps: float = EPS) -> Float[Tensor, "B"]:
+    """The probability p = (1 - eps) t + eps that a position is masked at time t.
+
+    >>> mask_probability(torch.tensor([0.0, 0.5, 1.0])).tolist()
+    [0.0010000000474974513, 0.5005000233650208, 1.0]
+
+    Source: LLaDA (arXiv 2502.09992), published training code.
+    """
+    return (1 - eps) * t + eps
+
+
+def independent_mask(
+    p: Float[Tensor, "B"], u: Float[Tensor, "B L"], maskable: Bool[Tensor, "B L"]
+) -> Bool[Tensor, "B L"]:
+    """Mask each maskable position independently where u < p."""
+    return (u < p[:, None]) & maskable
+
+
+def stratified_times(u: Float[Tensor, "B"]) -> Float[Tensor, "B"]:
+    """Low-discrepancy times: one uniform draw shifted through the unit interval, so a batch covers it evenly.
+
+    Args:
+        u: Float [B] uniform; only the first entry is used.
+
+    Source: VDM (arXiv 2107.00630), appendix I.1; used by MDLM for masked diffusion.
+    """
+    return (u[0] + torch.arange(len(u), device=u.device) / len(u)) % 1
+
+
+def masked_share(u: Float[Tensor, "B"]) -> Float[Tensor, "B"]:
+    """Share of image tokens to mask under MaskGIT's cosine schedule, cos(pi/2 u) for uniform u.
+
+    Source: MaskGIT (arXiv 2202.04200), section 3.3.
+    """
+    return torch.cos(math.pi / 2 * u)
+
+
+def exact_count_mask(
+    share: Float[Tensor, "B"], u: Float[Tensor, "B L"], maskable: Bool[Tensor, "B L"]
+) -> Bool[Tensor, "B L"]:
+    """Mask ceil(share * n) of a row's n maskable positions, at least one: those with the smallest u."""
+    n = maskable.sum(1)
+    return _smallest(torch.minimum((share * n).ceil().long().clamp_min(1), n), u, maskable)
+
+
+def uniform_count_mask(
+    t: Float[Tensor, "B"], u: Float[Tensor, "B L"], maskable: Bool[Tensor, "B L"]
+) -> Bool[Tensor, "B L"]:
+    """Mask l of a row's n maskable positions, l = 1 .. n with equal probability for uniform t: those with smallest u.
+
+    With weight n / l this is the any-order form of the bound: same expectation as independent masking with weight
+    1 / p, and no weight above n.
+
+    Source: LLaDA (arXiv 2502.09992), equation 6; equality in RADD (arXiv 2406.03736).
+    """
+    n = maskable.sum(1)
+    return _smallest(torch.minimum((t * n).long() + 1, n), u, maskable)
+
+
+def _smallest(count: Int[Tensor, "B"], u: Float[Tensor, "B L"], maskable: Bool[Tensor, "B L"]) -> Bool[Tensor, "B L"]:
+    """The ``count`` maskable positions of each row with the smallest u."""
+    order = u.masked_fill(~maskable, math.inf).argsort(dim=1, stable=True)
+    rank = torch.empty_like(order).scatter_(1, order, torch.arange(u.shape[1], device=u.device).expand_as(order))
+    return (rank < count[:, None]) & maskable

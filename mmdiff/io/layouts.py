@@ -1,0 +1,132 @@
+"""Published layouts, as data: which keys mean what, and what the fields of their config.json mean.
+
+Fields of a config.json that make other programs run code (`HOSTILE`) are looked at by nobody here.
+
+Source: the checkpoints' state dicts (LLaDA-8B, LLaDA-1.5, LLaDA-V, iLLaDA).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mmdiff.io import published
+from mmdiff.io.keymap import KeyMap
+from mmdiff.models import llada
+
+__all__ = ["HOSTILE", "LAYOUTS", "Published", "detect", "hostile_fields"]
+
+HOSTILE = ("auto_map", "trust_remote_code", "_attn_implementation_internal", "custom_pipelines", "_target_")
+"""Keys of a config.json that make other programs load code; we never act on them."""
+
+Tree = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    """A layout in which others publish a family.
+
+    Attributes:
+        family: Name in `mmdiff.models.registry.FAMILIES`.
+        keys: Published key <-> key of the module.
+        detect: Whether a config.json is of this layout.
+        read: (config.json, id of each special spelling in the tokenizer) -> our configuration.
+        write: Our configuration -> the fields of a config.json.
+        unused: Regular expressions of published keys that hold nothing of their own.
+    """
+
+    family: str
+    keys: KeyMap
+    detect: Callable[[Tree], bool]
+    read: Callable[[Tree, Mapping[str, int]], Any]
+    write: Callable[[Any], dict[str, Any]]
+    unused: Callable[[Any], tuple[str, ...]]
+
+
+def detect(tree: Tree) -> str | None:
+    """Name of the layout of a config.json; None if it is of none."""
+    return next((name for name, layout in LAYOUTS.items() if layout.detect(tree)), None)
+
+
+def hostile_fields(tree: Any) -> set[str]:
+    """Names among `HOSTILE` that occur anywhere in a config.json."""
+    found, stack = set(), [tree]
+    while stack:
+        node = stack.pop()
+        if isinstance(node, Mapping):
+            found |= {key for key in node if key in HOSTILE}
+            stack.extend(node.values())
+        elif isinstance(node, list):
+            stack.extend(node)
+    return found
+
+
+_OLMO = KeyMap(
+    ("model.transformer.wte.weight", "embed_tokens.weight"),
+    ("model.transformer.blocks.{i}.attn_norm.weight", "layers.{i}.input_layernorm.weight"),
+    ("model.transformer.blocks.{i}.q_proj.weight", "layers.{i}.self_attn.q_proj.weight"),
+    ("model.transformer.blocks.{i}.k_proj.weight", "layers.{i}.self_attn.k_proj.weight"),
+    ("model.transformer.blocks.{i}.v_proj.weight", "layers.{i}.self_attn.v_proj.weight"),
+    ("model.transformer.blocks.{i}.attn_out.weight", "layers.{i}.self_attn.o_proj.weight"),
+    ("model.transformer.blocks.{i}.ff_norm.weight", "layers.{i}.post_attention_layernorm.weight"),
+    ("model.transformer.blocks.{i}.ff_proj.weight", "layers.{i}.mlp.gate_proj.weight"),
+    ("model.transformer.blocks.{i}.up_proj.weight", "layers.{i}.mlp.up_proj.weight"),
+    ("model.transformer.blocks.{i}.ff_out.weight", "layers.{i}.mlp.down_proj.weight"),
+    ("model.transformer.ln_f.weight", "norm.weight"),
+    ("model.transformer.ff_out.weight", "lm_head.weight"),
+)
+
+_LLAMA = KeyMap(
+    ("model.embed_tokens.weight", "embed_tokens.weight"),
+    ("model.layers.{i}.{rest}", "layers.{i}.{rest}"),
+    ("model.norm.weight", "norm.weight"),
+    ("lm_head.weight", "lm_head.weight"),
+)
+
+_LLADA_V = KeyMap(
+    *((theirs, f"language.{ours}") for theirs, ours in _LLAMA.rules),
+    ("model.vision_tower.vision_tower.vision_model.{rest}", "vision.{rest}"),
+    ("model.mm_projector.{i}.{rest}", "connector.{i}.{rest}"),
+    ("model.image_newline", "newline"),
+)
+
+_ROTARY = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
+"""Frequencies that old versions of transformers stored beside the weights."""
+
+
+def _unused_olmo(config: llada.Config) -> tuple[str, ...]:
+    return (r"model\.transformer\.ff_out\.weight",) if config.tied else ()
+
+
+def _unused_llama(config: llada.Config) -> tuple[str, ...]:
+    return (_ROTARY, r"lm_head\.weight") if config.tied else (_ROTARY,)
+
+
+LAYOUTS: dict[str, Published] = {
+    "llada-v": Published(
+        family="llada_v",
+        keys=_LLADA_V,
+        detect=published.is_llada_v,
+        read=published.read_llada_v,
+        write=published.write_llada_v,
+        unused=lambda config: _unused_llama(config.language),
+    ),
+    "olmo": Published(
+        family="llada",
+        keys=_OLMO,
+        detect=lambda tree: published.is_llada(tree) and "d_model" in tree,
+        read=published.read_olmo,
+        write=published.write_olmo,
+        unused=_unused_olmo,
+    ),
+    "llama": Published(
+        family="llada",
+        keys=_LLAMA,
+        detect=lambda tree: published.is_llada(tree) and "hidden_size" in tree,
+        read=published.read_llama,
+        write=published.write_llama,
+        unused=_unused_llama,
+    ),
+}
+"""Layout -> what it is; the first of a family is written when none is asked for."""

@@ -1,0 +1,45 @@
+"""Rotary position embedding, half-split form: tables and rotation.
+
+Source: RoFormer (arXiv 2104.09864); the half-split pairing (j, j + K/2) is that of LLaMA and of the published LLaDA
+checkpoints.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+__all__ = ["rotate", "tables"]
+
+
+def tables(
+    positions: Int[Tensor, "B L"], head_dim: int, theta: float
+) -> tuple[Float[Tensor, "B 1 L K"], Float[Tensor, "B 1 L K"]]:
+    """Cosine and sine tables in float32.
+
+    Args:
+        positions: Int64 [B, L] (B may be 1), any non-negative numbers.
+        head_dim: K, even.
+        theta: Base of the frequencies theta^(-2j/K).
+
+    Returns:
+        (cos, sin), each float32 [B, 1, L, K]; the two halves of the last axis are equal.
+    """
+    half = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
+    angles = positions[:, None, :, None].float() * theta**-half
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(
+    x: Float[Tensor, "B H L K"], cos: Float[Tensor, "#B 1 L K"], sin: Float[Tensor, "#B 1 L K"]
+) -> Float[Tensor, "B H L K"]:
+    """Rotate heads by the tables; computed in the tables' dtype, returned in the dtype of ``x``.
+
+    With float32 tables this is the published LLaDA files' ``rope_full_precision``; with tables cast to the dtype of
+    ``x`` it is what the LLaMA-layout files do. In float32 both are the same.
+    """
+    y = x.to(cos.dtype)
+    a, b = y.chunk(2, dim=-1)
+    return torch.addcmul(y * cos, torch.cat((-b, a), dim=-1), sin).to(x.dtype)

@@ -1,0 +1,262 @@
+"""What all pipelines share: the parts of a checkpoint, what it can do, loading and saving."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+import torch
+from torch import nn
+
+from mmdiff.batch import Layout
+from mmdiff.errors import CheckpointError, ConfigError
+from mmdiff.text import Tokenizer
+
+if TYPE_CHECKING:
+    from mmdiff.pipelines.image import ImageGenerator
+    from mmdiff.pipelines.text import TextGenerator
+    from mmdiff.pipelines.vision import VisionLanguage
+    from mmdiff.sampling import Trace
+
+__all__ = ["Checkpoint", "Pipeline", "load"]
+
+P = TypeVar("P", bound="Pipeline")
+
+_GENERATION_FILE = "generation_config.json"
+_WHY_NOT = {
+    "caption": "it has no vision tower",
+    "ask": "it has no vision tower",
+    "text_image": "it has no image codes, or the folder has no image_tokenizer",
+    "class_image": "it does not draw, or the folder has no classes.json",
+    "generate_text": "it has no text head or no tokenizer.json",
+}
+
+
+@dataclass
+class Checkpoint:
+    """A network with what belongs to it.
+
+    Attributes:
+        model: The network, in eval mode.
+        tokenizer: For text; None if the folder has none.
+        image_tokenizer: Codes to pixels and back; None if it does not draw.
+        classes: Names by class number.
+        defaults: Generation words the checkpoint was made for, under ``text`` and ``image``.
+    """
+
+    model: nn.Module
+    tokenizer: Tokenizer | None = None
+    image_tokenizer: Any = None
+    classes: tuple[str, ...] = ()
+    defaults: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def layout(self) -> Layout:
+        """What the network expects of a sequence."""
+        of = getattr(self.model, "layout", Layout)
+        return of()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return next(self.model.parameters()).device
+
+    @property
+    def capabilities(self) -> frozenset[str]:
+        """What it can do."""
+        can: set[str] = set()
+        if self.tokenizer is not None and hasattr(self.model, "hidden"):
+            can |= {"generate_text", "infill", "chat"}
+            if self.layout.features:
+                can |= {"caption", "ask"}
+            if self.layout.codes and self.image_tokenizer is not None:
+                can |= {"text_image", "class_image"} if self.classes else {"text_image"}
+        return frozenset(can)
+
+
+class Pipeline:
+    """A loaded checkpoint. Use it through a typed view: ``text``, ``vision``, ``images``.
+
+    Args:
+        checkpoint: The parts.
+
+    Attributes:
+        trace: What the last call cost; None before the first.
+
+    Raises:
+        CheckpointError: The checkpoint lacks what this view needs.
+    """
+
+    needs: ClassVar[str | None] = None
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.trace: Trace | None = None
+        if self.needs is not None:
+            self.require(self.needs)
+
+    @classmethod
+    def from_pretrained(
+        cls: type[P],
+        path_or_id: str | Path,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | str | None = None,
+    ) -> P:
+        """Load a checkpoint; arguments and errors as in `mmdiff.load`."""
+        return cls(load(path_or_id, device=device, dtype=dtype).checkpoint)
+
+    @property
+    def capabilities(self) -> frozenset[str]:
+        """What the checkpoint can do: caption, ask, chat, infill, generate_text, class_image, text_image."""
+        return self.checkpoint.capabilities
+
+    @property
+    def model(self) -> nn.Module:
+        """The network."""
+        return self.checkpoint.model
+
+    @property
+    def text(self) -> TextGenerator:
+        """The same checkpoint, generating text."""
+        from mmdiff.pipelines.text import TextGenerator
+
+        return TextGenerator(self.checkpoint)
+
+    @property
+    def vision(self) -> VisionLanguage:
+        """The same checkpoint, answering about images."""
+        from mmdiff.pipelines.vision import VisionLanguage
+
+        return VisionLanguage(self.checkpoint)
+
+    @property
+    def images(self) -> ImageGenerator:
+        """The same checkpoint, drawing."""
+        from mmdiff.pipelines.image import ImageGenerator
+
+        return ImageGenerator(self.checkpoint)
+
+    def require(self, capability: str) -> None:
+        """Refuse if the checkpoint cannot do something.
+
+        Raises:
+            CheckpointError: It cannot; the message says what it can.
+        """
+        if capability not in self.capabilities:
+            why = _WHY_NOT.get(capability, "")
+            can = ", ".join(sorted(self.capabilities)) or "nothing"
+            raise CheckpointError(f"this checkpoint cannot do {capability!r}: {why}; it can do: {can}")
+
+    def save_pretrained(self, folder: str | Path, *, license: str | None = None) -> None:  # noqa: A002
+        """Write all parts in the house's layout, with a model card.
+
+        Args:
+            folder: Made if it does not exist.
+            license: Identifier for the model card, such as ``apache-2.0``.
+
+        Raises:
+            CheckpointError: A file could not be written.
+        """
+        from mmdiff.models.registry import save_folder
+
+        parts = self.checkpoint
+        save_folder(
+            parts.model,
+            folder,
+            tokenizer=parts.tokenizer,
+            image_tokenizer=parts.image_tokenizer,
+            classes=parts.classes or None,
+            generation=parts.defaults or None,
+            license=license,
+        )
+
+    def push_to_hub(self, repo_id: str, *, private: bool = True, license: str | None = None) -> str:  # noqa: A002
+        """Save to a temporary folder and upload it.
+
+        Args:
+            repo_id: ``owner/name`` on the hub; made if it does not exist.
+            private: Whether a new repository is private.
+            license: Identifier for the model card.
+
+        Returns:
+            The address of the upload.
+
+        Raises:
+            CheckpointError: The hub refused or could not be reached.
+        """
+        import tempfile
+
+        from mmdiff.io.hub import push
+
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, license=license)
+            return push(folder, repo_id, private=private)
+
+
+def load(
+    path_or_id: str | Path,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str | None = None,
+    quantize: None = None,
+    adapter: None = None,
+) -> Pipeline:
+    """Load a checkpoint.
+
+    Args:
+        path_or_id: Folder in our layout or a published one, a weight file beside its config.json, or a hub id.
+        device: Where it goes; default a GPU if there is one, else the CPU.
+        dtype: Precision of the weights, such as ``torch.bfloat16`` or ``"bfloat16"``; default as stored.
+        quantize: Reserved; only None.
+        adapter: Reserved; only None.
+
+    Raises:
+        CheckpointError: Missing, damaged, of an unknown family.
+        ConfigError: A reserved argument was given.
+    """
+    if quantize is not None or adapter is not None:
+        raise ConfigError("quantize and adapter are reserved names: leave them out; weights are loaded as stored")
+    from mmdiff.models.registry import load_model, resolve
+
+    path = resolve(path_or_id)
+    folder = path if path.is_dir() else path.parent
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model = load_model(path, device=device, dtype=_dtype(dtype))
+    tokens = folder / "image_tokenizer"
+    checkpoint = Checkpoint(
+        model=model.eval(),
+        tokenizer=Tokenizer.from_pretrained(folder) if (folder / "tokenizer.json").is_file() else None,
+        image_tokenizer=load_model(tokens, device=device).eval() if tokens.is_dir() else None,
+        classes=tuple(_read_json(folder / "classes.json", list)),
+        defaults=_defaults(_read_json(folder / _GENERATION_FILE, dict)),
+    )
+    return Pipeline(checkpoint)
+
+
+def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    if not isinstance(dtype, str):
+        return dtype
+    found = getattr(torch, dtype.removeprefix("torch."), None)
+    if not isinstance(found, torch.dtype):
+        raise ConfigError(f"dtype {dtype!r}; known: float32, bfloat16, float16")
+    return found
+
+
+def _read_json(path: Path, kind: type) -> Any:
+    """The content of a small JSON file, or an empty ``kind`` if there is no such file."""
+    if not path.is_file():
+        return kind()
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error})") from None
+    if not isinstance(value, kind):
+        raise CheckpointError(f"{path}: holds {type(value).__name__}, expected {kind.__name__}")
+    return value
+
+
+def _defaults(tree: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The house's part of a generation_config.json; published files hold other keys there, which are not ours."""
+    return {k: dict(tree[k]) for k in ("text", "image") if isinstance(tree.get(k), dict)}

@@ -1,0 +1,140 @@
+"""The words users may say, and the shapes they may say them in: batches, seeds, defaults of the checkpoint."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypedDict
+
+import torch
+
+from mmdiff import rng
+from mmdiff.errors import ConfigError
+from mmdiff.sampling import Step
+
+__all__ = ["ImageWords", "TextWords", "batch_of", "report_steps", "sources", "with_defaults", "zip_batches"]
+
+Callback = Callable[[Any, int, float, dict[str, Any]], Any]
+Generators = torch.Generator | Sequence[torch.Generator]
+
+
+class TextWords(TypedDict, total=False):
+    """Options of everything that generates text; see `mmdiff.sampling.presets.text_parts`."""
+
+    gen_length: int
+    preset: str
+    compat: str | None
+    block_length: int
+    num_inference_steps: int
+    steps: int
+    temperature: float
+    top_k: int
+    top_p: float
+    threshold: float
+    guidance: float
+    cfg_scale: float
+    remasking: str
+    seeds: int | Sequence[int]
+    generator: Generators
+    callback_on_step_end: Callback
+
+
+class ImageWords(TypedDict, total=False):
+    """Options of everything that draws; see `mmdiff.sampling.presets.image_parts`."""
+
+    preset: str
+    num_inference_steps: int
+    steps: int
+    temperature: float
+    top_k: int
+    top_p: float
+    order_temperature: float
+    guidance: float
+    cfg_scale: float
+    callback_on_step_end: Callback
+
+
+_ALIASES = {"num_inference_steps": "steps", "guidance": "cfg_scale"}
+
+
+def with_defaults(words: Mapping[str, Any], defaults: Mapping[str, Any], known: type) -> dict[str, Any]:
+    """What the user said, over what the checkpoint recommends.
+
+    Raises:
+        ConfigError: A word nobody knows; the nearest known one is named.
+    """
+    names = list(known.__annotations__)
+    for word in words:
+        if word not in names:
+            near = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
+            raise ConfigError(
+                f"unknown option {word!r}; " + (f"did you mean {near[0]!r}?" if near else f"known: {names}")
+            )
+    said = {k: v for k, v in words.items() if v is not None}
+    kept = {k: v for k, v in defaults.items() if k in names and _ALIASES.get(k) not in said}
+    return {**kept, **said}
+
+
+def batch_of(value: Any) -> tuple[list[Any], bool]:
+    """(items, whether a list was given)."""
+    return (list(value), True) if isinstance(value, (list, tuple)) else ([value], False)
+
+
+def zip_batches(**values: Any) -> tuple[list[tuple[Any, ...]], bool]:
+    """Items of several arguments side by side: lists zip, single values are repeated.
+
+    Returns:
+        (one tuple per item, whether any argument was a list).
+
+    Raises:
+        ConfigError: Two lists of different lengths, or an empty one.
+    """
+    lists = {name: list(v) for name, v in values.items() if isinstance(v, (list, tuple))}
+    sizes = {len(v) for v in lists.values()}
+    if len(sizes) > 1 or 0 in sizes:
+        told = ", ".join(f"{name} has {len(v)}" for name, v in lists.items())
+        raise ConfigError(f"lists must have the same length, at least 1: {told}")
+    n = sizes.pop() if sizes else 1
+    columns = [lists.get(name, [value] * n) for name, value in values.items()]
+    return list(zip(*columns, strict=True)), bool(lists)
+
+
+def sources(
+    rows: int, stream: str, seeds: int | Sequence[int] | None, generator: Generators | None
+) -> list[torch.Generator]:
+    """One generator per row.
+
+    Args:
+        rows: B.
+        stream: What is generated; keeps the numbers of text and images apart.
+        seeds: One for all rows or one per row; None = 0.
+        generator: Instead of seeds: one per row.
+
+    Raises:
+        ConfigError: Both, or a number other than B.
+    """
+    if seeds is not None and generator is not None:
+        raise ConfigError("give seeds or generator, not both")
+    if generator is not None:
+        given = [generator] if isinstance(generator, torch.Generator) else list(generator)
+        if len(given) != rows:
+            raise ConfigError(f"{len(given)} generators for {rows} items; give one per item")
+        return given
+    numbers = [seeds or 0] * rows if seeds is None or isinstance(seeds, int) else list(seeds)
+    if len(numbers) != rows:
+        raise ConfigError(f"{len(numbers)} seeds for {rows} items; give one per item, or one for all")
+    return [rng.generator(s, stream) for s in numbers]
+
+
+def report_steps(pipeline: Any, callback: Callback | None) -> Callable[[Step], Any] | None:
+    """The engine's callback that calls ``callback(pipeline, step, t, {"tokens": ...})``; t = share still masked."""
+    if callback is None:
+        return None
+
+    def call(step: Step) -> None:
+        canvas = step.canvas
+        todo = int(canvas.undecided.sum())
+        share = todo / max(1, todo + int((canvas.order >= 0).sum()))
+        callback(pipeline, step.number, share, {"tokens": canvas.tokens[:, canvas.start :]})
+
+    return call

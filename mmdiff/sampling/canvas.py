@@ -1,0 +1,223 @@
+"""The canvas: what is known, what is to be generated, and where; and the networks that read it.
+
+A canvas is data. A backbone is the one thing the decoding loop asks of a network: logits at given slots. Three thin
+adapters make backbones of the house's networks: text over ids, text beside images, and image codes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from mmdiff.errors import ConfigError
+
+__all__ = ["Backbone", "Canvas", "CodeBackbone", "TextBackbone", "as_backbone", "layout"]
+
+
+@dataclass
+class Canvas:
+    """B rows of T slots.
+
+    Attributes:
+        tokens: Int64 [B, T]; ids, with the mask id at undecided slots.
+        undecided: Bool [B, T]; slots to be generated.
+        frozen: Bool [B, T]; prompt, scaffold, suffix: never written. Disjoint from ``undecided``.
+        valid: Bool [B, T]; False = padding: not attended, not written, not counted.
+        positions: Int64 [B, T]; rotary positions, consecutive over the valid slots.
+        start: Number of slots before the first that was laid out for generation.
+        order: Int32 [B, T]; number of the pass that wrote the slot, -1 before.
+        droppable: Bool [B, T]; slots that guidance replaces by the mask id in its unconditional branch.
+        embeds: Float [B, T, D]; input embeddings of the slots in ``given`` (image features).
+        given: Bool [B, T]; slots whose input is ``embeds`` instead of the embedding of ``tokens``.
+        low: Int64 [B or 1, T]; smallest id a slot may take; None = any.
+        high: Int64 [B or 1, T]; one more than the largest id; None = any.
+    """
+
+    tokens: Int[Tensor, "B T"]
+    undecided: Bool[Tensor, "B T"]
+    frozen: Bool[Tensor, "B T"]
+    valid: Bool[Tensor, "B T"]
+    positions: Int[Tensor, "B T"]
+    start: int
+    order: Int[Tensor, "B T"]
+    droppable: Bool[Tensor, "B T"]
+    embeds: Float[Tensor, "B T D"] | None = None
+    given: Bool[Tensor, "B T"] | None = None
+    low: Int[Tensor, "#B T"] | None = None
+    high: Int[Tensor, "#B T"] | None = None
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def select(self, rows: Int[Tensor, "b"]) -> Canvas:
+        """A copy of some rows."""
+        picked: dict[str, Any] = {
+            k: v if v.shape[0] != len(self) else v[rows] for k, v in vars(self).items() if isinstance(v, Tensor)
+        }
+        return dataclasses.replace(self, **picked)
+
+    def write(
+        self, index: Int[Tensor, "B q"], commit: Bool[Tensor, "B q"], tokens: Int[Tensor, "B q"], step: int
+    ) -> None:
+        """Decide the slots of ``index`` where ``commit``, in place."""
+        self.tokens.scatter_(1, index, torch.where(commit, tokens, self.tokens.gather(1, index)))
+        self.order.scatter_(1, index, self.order.gather(1, index).masked_fill(commit, step))
+        self.undecided.scatter_(1, index, self.undecided.gather(1, index) & ~commit)
+
+    def put(self, rows: Int[Tensor, "b"], other: Canvas) -> None:
+        """Write back what decoding changes, from a canvas made by `select` of the same rows."""
+        for name in ("tokens", "undecided", "order"):
+            getattr(self, name)[rows] = getattr(other, name)
+
+    def to(self, device: torch.device | str) -> Canvas:
+        """A copy with every tensor on ``device``."""
+        moved: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return dataclasses.replace(self, **moved)
+
+    def stack(self, other: Canvas) -> Canvas:
+        """The rows of both, one below the other; both have the same slots."""
+        tall: dict[str, Any] = {
+            k: torch.cat((v, getattr(other, k)))
+            for k, v in vars(self).items()
+            if isinstance(v, Tensor) and len(v) == len(self)
+        }
+        return dataclasses.replace(self, **tall)
+
+
+def layout(
+    prompts: Sequence[Sequence[int]],
+    generated: Sequence[Sequence[int | None]],
+    *,
+    mask_id: int,
+    pad_id: int = 0,
+    droppable: Sequence[Sequence[bool]] | None = None,
+    device: torch.device | str = "cpu",
+) -> Canvas:
+    """Lay rows out: prompts padded on the left, then the generated part padded on the right.
+
+    Args:
+        prompts: Ids per row; may be empty.
+        generated: Per row the slots after the prompt: None = to be generated, an id = fixed.
+        mask_id: Id of an undecided slot.
+        pad_id: Id at padding slots (never attended).
+        droppable: Per row one flag per prompt id; None = all of the prompt.
+        device: Where the tensors go.
+
+    Raises:
+        ConfigError: No rows, or lists of different lengths.
+    """
+    if not prompts or len(prompts) != len(generated):
+        raise ConfigError(
+            f"{len(prompts)} prompts for {len(generated)} rows to generate; give one per row, at least one"
+        )
+    start = max(len(p) for p in prompts)
+    width = max(len(g) for g in generated)
+    tokens, valid, undecided, drop = [], [], [], []
+    for row, (prompt, slots) in enumerate(zip(prompts, generated, strict=True)):
+        left, right = start - len(prompt), width - len(slots)
+        fill = [mask_id if s is None else s for s in slots]
+        tokens.append([pad_id] * left + list(prompt) + fill + [pad_id] * right)
+        valid.append([False] * left + [True] * (len(prompt) + len(slots)) + [False] * right)
+        undecided.append([False] * start + [s is None for s in slots] + [False] * right)
+        flags = [True] * len(prompt) if droppable is None else [bool(d) for d in droppable[row]]
+        drop.append([False] * left + flags + [False] * width)
+    real, masks = torch.tensor(valid), torch.tensor(undecided)
+    return Canvas(
+        tokens=torch.tensor(tokens),
+        undecided=masks,
+        frozen=~masks,
+        valid=real,
+        positions=(real.long().cumsum(1) - 1).clamp_(min=0),
+        start=start,
+        order=torch.full(masks.shape, -1, dtype=torch.int32),
+        droppable=torch.tensor(drop),
+    ).to(device)
+
+
+@runtime_checkable
+class Backbone(Protocol):
+    """What the loop needs of a network.
+
+    Attributes:
+        mask_id: Id of an undecided slot.
+        null_id: Id that stands for a dropped condition.
+        offset: Id of the first class of the logits.
+    """
+
+    mask_id: int
+    null_id: int
+    offset: int
+
+    def forward(self, canvas: Canvas, index: Int[Tensor, "B q"]) -> Float[Tensor, "B q V"]:
+        """Logits of every class at the slots ``index``, reading the whole canvas."""
+        ...
+
+
+class TextBackbone:
+    """Text tokens of any network with LLaDA's signature, with or without image features on the canvas.
+
+    Args:
+        model: `LLaDA`, `LLaDAV`, `Unified`, or a callable of the same signature whose ``config`` has a ``mask_id``.
+    """
+
+    offset = 0
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        config = model.config
+        self.mask_id: int = getattr(config, "language", config).mask_id
+        self.null_id = self.mask_id
+
+    def forward(self, canvas: Canvas, index: Int[Tensor, "B q"]) -> Float[Tensor, "B q V"]:
+        """Text logits at ``index``; the head runs there only."""
+        options = {"valid": canvas.valid, "positions": canvas.positions, "head_index": index}
+        if canvas.embeds is None and not hasattr(self.model, "embed_slots"):
+            return self.model(canvas.tokens, **options)
+        return self.model(embeds=_inputs(self.model, canvas), **options)
+
+
+class CodeBackbone:
+    """Image codes of a `Unified` network: classes are the K codes, ids V .. V+K-1."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        shape = model.layout()
+        self.offset: int = shape.code_offset
+        self.mask_id: int = shape.code_mask_id
+        self.null_id: int = model.config.language.mask_id
+
+    def forward(self, canvas: Canvas, index: Int[Tensor, "B q"]) -> Float[Tensor, "B q K"]:
+        """Code logits at ``index``; the head runs there only."""
+        hidden = self.model.hidden(
+            embeds=_inputs(self.model, canvas), valid=canvas.valid, positions=canvas.positions, head_index=index
+        )
+        return self.model.code_head(hidden)
+
+
+def as_backbone(model: Any) -> Backbone:
+    """``model`` itself if it is a backbone, else the text backbone around it.
+
+    Raises:
+        ConfigError: ``model`` is neither.
+    """
+    if isinstance(model, Backbone) and not isinstance(model, nn.Module):
+        return model
+    if hasattr(model, "config"):
+        return TextBackbone(model)
+    raise ConfigError(
+        f"{type(model).__name__} is no backbone: it needs mask_id, null_id, offset and forward(canvas, index)"
+    )
+
+
+def _inputs(model: Any, canvas: Canvas) -> Float[Tensor, "B T D"]:
+    embed = model.embed_slots if hasattr(model, "embed_slots") else model.embed_tokens
+    looked_up = embed(canvas.tokens)
+    if canvas.embeds is None or canvas.given is None:
+        return looked_up
+    return torch.where(canvas.given[..., None], canvas.embeds.to(looked_up.dtype), looked_up)

@@ -1,0 +1,346 @@
+"""Text to ids and back: a byte-level BPE tokenizer with LLaDA's special tokens and chat template.
+
+Text that a user writes never becomes a special token: only `Tokenizer.chat` places those. Foreign chat templates and
+remote code are not read. What an id means to a model (mask, image code) is ``batch``'s and the models'.
+
+Source: LLaDA's published tokenizer and chat template; LLaDA-V's conversation template.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmdiff.batch import IMAGE
+from mmdiff.errors import CheckpointError, ConfigError
+
+__all__ = ["CAPTION_PROMPT", "SPECIAL_TOKENS", "VISION_SYSTEM", "Encoded", "Tokenizer"]
+
+SPECIAL_TOKENS = (
+    "<|endoftext|>",
+    "<|startoftext|>",
+    "<|mdm_mask|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+)
+"""Spellings every tokenizer here must have; a trained one gives them the ids 0 to 5."""
+VISION_SYSTEM = (
+    "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
+    "provides, and assist the user with a variety of tasks using natural language."
+)
+"""System message of LLaDA-V's template."""
+
+CAPTION_PROMPT = "Describe this image."
+"""What the user asks for a caption, in training and in use."""
+
+_ROLES = ("system", "user", "assistant")
+_MAX_BYTES = 128 << 20
+_CACHE = 16_384
+_CACHED_CHARS = 256
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A chat as ids.
+
+    Attributes:
+        ids: All ids; `IMAGE` where an image's features go.
+        answer_start: Where the answer begins; ``len(ids)`` if none was given.
+        user_span: Start and end of the last user message between its header and its end-of-turn token.
+    """
+
+    ids: list[int]
+    answer_start: int
+    user_span: tuple[int, int]
+
+
+class Tokenizer:
+    """A ``tokenizers.Tokenizer`` whose encoding treats special spellings as literal text.
+
+    Args:
+        definition: The text of a ``tokenizer.json``.
+        settings: The content of a ``tokenizer_config.json``, kept for saving.
+        where: Name for messages.
+
+    Raises:
+        CheckpointError: Not a tokenizer, or one of `SPECIAL_TOKENS` is missing.
+    """
+
+    def __init__(
+        self, definition: str, settings: Mapping[str, Any] | None = None, where: str = "tokenizer.json"
+    ) -> None:
+        self._definition = definition
+        self._settings = dict(settings) if settings is not None else _settings()
+        self._core = _core(definition, where)
+        ids = {spelling: self._core.token_to_id(spelling) for spelling in SPECIAL_TOKENS}
+        missing = [spelling for spelling, i in ids.items() if i is None]
+        if missing:
+            raise CheckpointError(
+                f"{where}: lacks the special tokens {', '.join(missing)}; it is not of LLaDA's family"
+            )
+        self.eos_id, self.bos_id, self.mask_id, self.start_header_id, self.end_header_id, self.eot_id = ids.values()
+        added = self._core.get_added_tokens_decoder()
+        self._special = frozenset(i for i, token in added.items() if token.special)
+        self.vocab_size: int = max(self._core.get_vocab(with_added_tokens=True).values()) + 1
+        self._cache: dict[str, tuple[int, ...]] = {}
+
+    def __reduce__(self) -> tuple[Callable[..., Tokenizer], tuple[Any, ...]]:
+        return type(self), (self._definition, self._settings)
+
+    @property
+    def pad_id(self) -> int:
+        """Id that fills up a sequence: end of text, as published."""
+        return self.eos_id
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Ids that `encode` never returns."""
+        return self._special
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> Tokenizer:
+        """Read ``tokenizer.json`` (and ``tokenizer_config.json`` beside it).
+
+        Args:
+            path: The file, or its folder.
+
+        Raises:
+            CheckpointError: Missing, not a tokenizer, or without `SPECIAL_TOKENS`.
+        """
+        path = Path(path)
+        file = path / "tokenizer.json" if path.is_dir() else path
+        definition = _read(file)
+        beside = file.with_name("tokenizer_config.json")
+        try:
+            settings = json.loads(_read(beside)) if beside.is_file() else None
+        except ValueError as error:
+            raise CheckpointError(f"{beside}: is not JSON ({error})") from None
+        return cls(definition, settings if isinstance(settings, dict) else None, str(file))
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write ``tokenizer.json`` and ``tokenizer_config.json``; a tokenizer that was read is written unchanged."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        settings = json.dumps(self._settings, indent=2, ensure_ascii=False) + "\n"
+        for name, text in (("tokenizer.json", self._definition), ("tokenizer_config.json", settings)):
+            partial = folder / f"{name}.tmp"
+            partial.write_text(text, encoding="utf-8")
+            partial.replace(folder / name)
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
+        """Train a byte-level BPE on texts.
+
+        The result is deterministic, covers every byte, and holds `SPECIAL_TOKENS` as ids 0 to 5. The words of the chat
+        template (roles, the double newline) are single tokens if ``vocab_size`` leaves room for them.
+
+        Args:
+            texts: The corpus.
+            vocab_size: Largest number of ids; a small corpus may give fewer.
+
+        Raises:
+            ConfigError: ``vocab_size`` below 300 (256 bytes, special tokens, and the words of the template).
+        """
+        if vocab_size < 300:
+            raise ConfigError(f"vocab_size is {vocab_size}; at least 300 is needed (256 bytes and the template)")
+        from tokenizers import Tokenizer as Core
+        from tokenizers import decoders, models, pre_tokenizers, trainers
+
+        core = Core(models.BPE())
+        core.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Split("\n\n", "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )
+        core.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=list(SPECIAL_TOKENS),
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        )
+        core.train_from_iterator(_with_template(texts), trainer)
+        return cls(core.to_str(pretty=True))
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of literal text: a spelling such as ``<|eot_id|>`` gives the ids of its characters."""
+        ids = self._cache.get(text)
+        if ids is None:
+            ids = self._encode(text)
+            if len(text) <= _CACHED_CHARS:
+                if len(self._cache) >= _CACHE:
+                    self._cache.clear()
+                self._cache[text] = ids
+        return list(ids)
+
+    def decode(self, ids: Iterable[int], keep_special: bool = False) -> str:
+        """Text of ids.
+
+        Args:
+            ids: Ids; those that are no text (image slots, image codes) are left out.
+            keep_special: Whether special tokens are spelled out instead of left out.
+        """
+        text = [int(i) for i in ids if 0 <= int(i) < self.vocab_size]
+        return self._core.decode(text, skip_special_tokens=not keep_special)
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        image_slots: int | Sequence[int] = 0,
+        answer: str | None = None,
+    ) -> Encoded:
+        """A conversation in LLaDA's template, ready for an answer or followed by one.
+
+        Surrounding whitespace of every message is removed; the answer is taken as it is and ended by ``<|eot_id|>``.
+
+        Args:
+            messages: ``{"role": "system" | "user" | "assistant", "content": ...}``, the last one from the user;
+                content is text or a list of ``{"type": "image"}`` and ``{"type": "text", "text": ...}``.
+            image_slots: `IMAGE` ids per image: one number for all, or one per image in order.
+            answer: What the assistant says, for training and likelihoods.
+
+        Raises:
+            ConfigError: Unknown role or part, empty message, or not as many images as ``image_slots`` tells.
+
+        Source: LLaDA's published chat template; LLaDA-V's "<image>" + newline + question.
+        """
+        if not messages or messages[-1].get("role") != "user":
+            raise ConfigError("chat: the last message must be from the user")
+        slots = _Slots(image_slots)
+        ids, span = [self.bos_id], (0, 0)
+        for number, message in enumerate(messages):
+            ids += self._header(message.get("role"), number)
+            start, body = self._body(message.get("content"), slots, number)
+            span = (len(ids) + start, len(ids) + len(body))
+            ids += [*body, self.eot_id]
+        slots.check_all_used()
+        ids += [*self._header("assistant", len(messages)), *self.encode("\n\n")]
+        tail = [] if answer is None else [*self.encode(answer), self.eot_id]
+        return Encoded(ids + tail, len(ids), span)
+
+    def _header(self, role: Any, number: int) -> list[int]:
+        if role not in _ROLES:
+            raise ConfigError(f"chat: message {number} has role {role!r}; expected one of {', '.join(_ROLES)}")
+        return [self.start_header_id, *self.encode(role), self.end_header_id]
+
+    def _body(self, content: Any, slots: _Slots, number: int) -> tuple[int, list[int]]:
+        """Where the content begins behind the newlines, and the ids of both."""
+        parts = _parts(content, number)
+        # Newlines and text are encoded together, as the published template does with the whole string.
+        first = parts[0] if isinstance(parts[0], str) else ""
+        ids = self.encode("\n\n" + first)
+        lead = self.encode("\n\n")
+        start = len(lead) if ids[: len(lead)] == lead else 0
+        for i, part in enumerate(parts):
+            if part is None:
+                ids += [IMAGE] * slots.take(number)
+            elif i > 0:
+                ids += self.encode("\n" + part if parts[i - 1] is None else part)
+        return start, ids
+
+    def _encode(self, text: str) -> tuple[int, ...]:
+        ids = self._core.encode(text, add_special_tokens=False).ids
+        if self._special.isdisjoint(ids):
+            return tuple(ids)
+        # A normaliser or a whole-word lookup produced a special token after all; single characters cannot.
+        pieces = [self._core.encode(c, add_special_tokens=False).ids for c in text]
+        return tuple(i for piece in pieces for i in piece if i not in self._special)
+
+
+class _Slots:
+    """Hands out the number of slots of each image in turn."""
+
+    def __init__(self, slots: int | Sequence[int]) -> None:
+        self._slots = slots if isinstance(slots, int) else list(slots)
+        self._used = 0
+
+    def take(self, number: int) -> int:
+        self._used += 1
+        if not isinstance(self._slots, int):
+            if self._used > len(self._slots):
+                raise ConfigError(f"chat: message {number} holds image {self._used}, {len(self._slots)} were given")
+            return self._slots[self._used - 1]
+        if self._slots < 1:
+            raise ConfigError(f"chat: message {number} holds an image, but this model has no slots for images")
+        return self._slots
+
+    def check_all_used(self) -> None:
+        if not isinstance(self._slots, int) and self._used != len(self._slots):
+            raise ConfigError(f"chat: {len(self._slots)} images were given, the messages hold {self._used}")
+
+
+def _parts(content: Any, number: int) -> list[str | None]:
+    """Text parts (stripped) and None for each image."""
+    if isinstance(content, str):
+        content = [{"type": "text", "text": content}]
+    if not isinstance(content, Sequence):
+        raise ConfigError(
+            f"chat: message {number} has content of type {type(content).__name__}; expected text or parts"
+        )
+    parts: list[str | None] = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind == "image":
+            parts.append(None)
+        elif kind == "text" and isinstance(part.get("text"), str):
+            if not part["text"].strip():
+                raise ConfigError(f"chat: message {number} has an empty text; ask something")
+            parts.append(part["text"].strip())
+        else:
+            raise ConfigError(f"chat: message {number} holds {part!r:.80}; expected an image or a text part")
+    if not parts:
+        raise ConfigError(f"chat: message {number} is empty")
+    return parts
+
+
+def _with_template(texts: Iterable[str]) -> Iterator[str]:
+    template = ("\n\n", *_ROLES)
+    for _ in range(64):
+        yield from template
+    for n, text in enumerate(texts):
+        yield text
+        if n % 8 == 0:  # the words of the template are as frequent in training as the samples are
+            yield from template
+
+
+def _core(definition: str, where: str) -> Any:
+    """The Rust tokenizer, with every bracketed added token marked special so that text cannot spell it."""
+    from tokenizers import Tokenizer as Core
+
+    try:
+        tree = json.loads(definition)
+        for token in tree.get("added_tokens") or []:
+            token["special"] = bool(token["special"]) or token["content"][:1] in ("<", "[")
+        core = Core.from_str(json.dumps(tree))
+    except Exception as error:  # the Rust library raises the bare class
+        raise CheckpointError(f"{where}: is not a tokenizer ({error})") from error
+    core.no_padding()
+    core.no_truncation()
+    core.encode_special_tokens = True
+    return core
+
+
+def _read(path: Path) -> str:
+    try:
+        if path.stat().st_size > _MAX_BYTES:
+            raise CheckpointError(f"{path}: {path.stat().st_size:,} bytes, limit {_MAX_BYTES:,}")
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); a tokenizer.json is needed") from None
+    except UnicodeDecodeError:
+        raise CheckpointError(f"{path}: is not UTF-8 text") from None
+
+
+def _settings() -> dict[str, Any]:
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<|startoftext|>",
+        "eos_token": "<|endoftext|>",
+        "pad_token": "<|endoftext|>",
+        "mask_token": "<|mdm_mask|>",
+        "add_bos_token": False,
+        "add_eos_token": False,
+        "clean_up_tokenization_spaces": False,
+    }

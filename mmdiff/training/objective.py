@@ -1,0 +1,181 @@
+"""What is learnt from a batch: draw noise, run the network, loss at masked positions.
+
+An objective is a callable (model, batch, generator) -> `Losses`; its configuration names it in a recipe. A new
+objective is a new class in `ObjectiveConfig` and nothing else changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mmdiff import rng
+from mmdiff.batch import IGNORE, Batch
+from mmdiff.config import Field, config
+from mmdiff.diffusion import masking, objectives
+
+__all__ = ["Autoencoding", "Contrastive", "Losses", "Masked", "Objective", "ObjectiveConfig", "build"]
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Loss of one batch.
+
+    Attributes:
+        total: Scalar to differentiate.
+        terms: Per task (sum of losses, number of summands), for the log; detached.
+    """
+
+    total: Tensor
+    terms: dict[str, tuple[Tensor, int]]
+
+
+Objective = Callable[[nn.Module, Batch, torch.Generator], Losses]
+
+
+@config
+class Masked:
+    """Masked diffusion of answers and image codes in one batch."""
+
+    type: Literal["masked"] = "masked"
+    """Objective name."""
+    text_weight: float = Field(1.0, ge=0)
+    """Weight of the text loss."""
+    image_weight: float = Field(1.0, ge=0)
+    """Weight of the image-code loss."""
+    drop_prompt: float = Field(0.1, ge=0, le=1)
+    """Share of drawing samples whose prompt is masked, so that guidance has an unconditional branch."""
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    """Smoothing of the image-code targets."""
+    masking: Literal["count", "independent"] = "count"
+    """How answers are masked. count: l of L positions, l uniform, weight L / l; independent: each with probability
+    p(t), weight 1 / p, as LLaDA published. Same expectation; for short answers the weights of count stay small."""
+    stratified: bool = True
+    """Spread the times of a batch evenly (lower variance, same expectation)."""
+
+    def __call__(self, model: Any, batch: Batch, generator: torch.Generator) -> Losses:
+        """Loss of text answers (LLaDA's SFT loss) plus loss of image codes (MaskGIT's)."""
+        noised = _noise(self, model, batch, generator)
+        hidden = model.hidden(embeds=model.embed_slots(noised.ids, batch.pixels), valid=batch.valid)
+        text, weights = noised.text, batch.weights * noised.labels_text
+        terms: dict[str, tuple[Tensor, int]] = {}
+        total = hidden.new_zeros(())
+        rows_text = noised.labels_text.any(1)
+        if bool(text.any()):
+            loss = objectives.chunked_cross_entropy(hidden[text], batch.labels[text], model.text_head)
+            per_row = _row_sum(loss * objectives.token_weights(text, noised.p, weights)[text], text)
+            total = total + self.text_weight * per_row.sum() / rows_text.sum()
+            _count(terms, batch, per_row.detach(), rows_text)
+        image = noised.image
+        if bool(image.any()):
+            codes = batch.labels[image] - model.layout().code_offset
+            logits = model.code_head(hidden[image]).float()
+            loss = F.cross_entropy(logits, codes, reduction="none", label_smoothing=self.label_smoothing)
+            total = total + self.image_weight * loss.mean()
+            _count(terms, batch, _row_sum(loss.detach(), image) / image.sum(1).clamp_min(1), image.any(1))
+        return Losses(total, terms)
+
+
+@config
+class Autoencoding:
+    """Reconstruction of images through a discrete bottleneck."""
+
+    type: Literal["autoencoding"] = "autoencoding"
+    """Objective name."""
+    scales: int = Field(3, gt=0)
+    """Number of resolutions (each half of the one before) at which images are compared."""
+    edges: float = Field(1.0, ge=0)
+    """Weight of the difference of image gradients, which keeps outlines sharp."""
+
+    def __call__(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> Losses:
+        """Mean absolute error over scales plus the same of horizontal and vertical differences."""
+        pixels = _pixels(batch)
+        output, _ = model(pixels)
+        total = pixels.new_zeros(())
+        a, b = output, pixels
+        for _ in range(self.scales):
+            total = total + F.l1_loss(a, b) + F.mse_loss(a, b)
+            total = total + self.edges * (
+                F.l1_loss(a.diff(dim=2), b.diff(dim=2)) + F.l1_loss(a.diff(dim=3), b.diff(dim=3))
+            )
+            a, b = F.avg_pool2d(a, 2), F.avg_pool2d(b, 2)
+        error = F.l1_loss(output.detach(), pixels) * len(batch)
+        return Losses(total, {"image": (error, len(batch))})
+
+
+@config
+class Contrastive:
+    """Images and their texts against all other pairs of the batch."""
+
+    type: Literal["contrastive"] = "contrastive"
+    """Objective name."""
+
+    def __call__(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> Losses:
+        """SigLIP's sigmoid loss, summed over texts and averaged over images (arXiv 2303.15343, algorithm 1)."""
+        logits = model(_pixels(batch), batch.ids, batch.valid)
+        same = torch.eye(len(batch), device=logits.device)
+        loss = -F.logsigmoid((2 * same - 1) * logits).sum(1)
+        return Losses(loss.mean(), {"pair": (loss.detach().sum(), len(batch))})
+
+
+ObjectiveConfig = Annotated[Masked | Autoencoding | Contrastive, Field(discriminator="type")]
+
+
+def build(spec: Masked | Autoencoding | Contrastive) -> Objective:
+    """The callable of an objective's configuration (the configuration itself)."""
+    return spec
+
+
+@dataclass(frozen=True)
+class _Noised:
+    ids: Tensor  # [B, L] with masks in place
+    text: Tensor  # [B, L] bool, masked text targets
+    image: Tensor  # [B, L] bool, masked code targets
+    labels_text: Tensor  # [B, L] bool, all text targets
+    p: Tensor  # [B], expected or exact share of masked answer positions
+
+
+def _noise(spec: Masked, model: Any, batch: Batch, generator: torch.Generator) -> _Noised:
+    """Mask text targets independently with p(t), code targets in exact cosine counts, and drop some prompts."""
+    layout, device = model.layout(), batch.ids.device
+    b, length = batch.ids.shape
+    t, drop = rng.uniform(generator, (2, b), device=device)
+    u = rng.uniform(generator, (b, length), device=device)
+    if spec.stratified:
+        t = masking.stratified_times(t)[rng.permutation(generator, 1, b, device=device)[0]]
+    targets = batch.labels != IGNORE
+    is_code = targets & (batch.labels >= layout.code_offset)
+    labels_text = targets & ~is_code
+    if spec.masking == "count":
+        text = masking.uniform_count_mask(t, u, labels_text)
+        p = text.sum(1) / labels_text.sum(1).clamp_min(1)
+    else:
+        p = masking.mask_probability(t)
+        text = masking.independent_mask(p, u, labels_text)
+    image = masking.exact_count_mask(masking.masked_share(t), u, is_code)
+    dropped = (drop < spec.drop_prompt)[:, None] & is_code.any(1, keepdim=True) & batch.droppable
+    ids = batch.ids.masked_fill(text | dropped, model.config.language.mask_id)
+    return _Noised(ids.masked_fill(image, layout.code_mask_id), text, image, labels_text, p)
+
+
+def _pixels(batch: Batch) -> Tensor:
+    if batch.pixels is None:
+        raise ValueError("this objective needs a task that yields pixels, such as 'image' or 'pair'")
+    return batch.pixels
+
+
+def _row_sum(values: Tensor, where: Tensor) -> Tensor:
+    """Sum values that stand at the True places of [B, L] into their rows, [B]."""
+    return torch.zeros(where.shape, dtype=values.dtype, device=values.device).masked_scatter(where, values).sum(1)
+
+
+def _count(terms: dict[str, tuple[Tensor, int]], batch: Batch, per_row: Tensor, rows: Tensor) -> None:
+    for task in dict.fromkeys(batch.tasks):
+        mine = torch.tensor([t == task for t in batch.tasks], device=rows.device) & rows
+        if bool(mine.any()):
+            terms[task] = (per_row[mine].sum(), int(mine.sum()))

@@ -1,0 +1,86 @@
+"""`mmdiff data ...` from end to end on small folders."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from data_pipelines.reader import iter_samples
+from mmdiff.cli import app
+from mmdiff.images import decode, to_pixels
+from mmdiff.models.vq import VQ
+from mmdiff.rng import generator
+from mmdiff.text import Tokenizer
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Six captioned images."""
+    images = tmp_path / "images"
+    images.mkdir()
+    for i in range(6):
+        stream = io.BytesIO()
+        Image.new("RGB", (8, 8), (40 * i, 0, 0)).save(stream, "PNG")
+        (images / f"v1.{i}.png").write_bytes(stream.getvalue())
+        (images / f"v1.{i}.txt").write_text(f"picture number {i}")
+    return images
+
+
+def run(*words: object, code: int = 0) -> str:
+    result = CliRunner().invoke(app, ["data", *map(str, words)])
+    assert result.exit_code == code, result.output
+    return result.stdout if code == 0 else result.output
+
+
+def test_a_folder_becomes_shards_an_index_statistics_and_a_tokenizer(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "shards"
+    packed = json.loads(run("pack", folder, "--out", out, "--samples-per-shard", 4, "--json"))
+    assert (packed["samples"], len(packed["shards"])) == (6, 2)
+    assert "nothing to complain about" in run("lint", out)
+    assert json.loads(run("stats", out, "--json"))["captions"] == 6
+    assert sum(json.loads(run("index", out, "--force", "--json")).values()) == 6
+    trained = json.loads(run("tokenizer", out, "--vocab-size", 300, "--out", tmp_path / "tok", "--json"))
+    assert Tokenizer.from_pretrained(tmp_path / "tok").vocab_size == trained["vocab_size"] <= 300
+
+
+def test_packing_twice_needs_a_word(folder: Path, tmp_path: Path) -> None:
+    run("pack", folder, "--out", tmp_path / "s")
+    assert "--overwrite" in run("pack", folder, "--out", tmp_path / "s", code=2)
+    run("pack", folder, "--out", tmp_path / "s", "--overwrite")
+
+
+def test_lint_ends_with_three_where_something_is_wrong(folder: Path, tmp_path: Path) -> None:
+    (folder / "v1.3.png").write_bytes(b"junk")
+    run("pack", folder, "--out", tmp_path / "s")
+    text = run("lint", tmp_path / "s", code=3)
+    assert "undecodable_image (1)" in text
+    assert "v1.3" in text
+    assert json.loads(run("lint", tmp_path / "s", "--fast", "--json"))["findings"] == []
+
+
+def test_codes_of_a_saved_image_tokenizer_are_cached(folder: Path, tmp_path: Path) -> None:
+    config = VQ.Config(image_size=8, stem=1, widths=(8, 8), blocks=0, levels=(3, 3))
+    model = VQ(config, generator=generator(0, "init")).eval()
+    model.save_pretrained(tmp_path / "vq")
+    run("pack", folder, "--out", tmp_path / "s")
+    done = json.loads(run("cache", tmp_path / "s", "--encoder", tmp_path / "vq", "--out", tmp_path / "c", "--json"))
+    assert (done["samples"], done["grid"], done["skipped"]) == (6, [4, 4], {})
+    for sample, _ in iter_samples(str(tmp_path / "c")):
+        assert sample is not None
+        pixels = to_pixels(decode(sample.image()), 8)[None]
+        assert torch.equal(
+            torch.from_numpy(np.load(io.BytesIO(sample.members["codes.npy"]))), model.encode(pixels)[0].short()
+        )
+
+
+def test_errors_are_sentences_with_their_exit_code(tmp_path: Path) -> None:
+    assert "error: " in run("stats", tmp_path, code=3)
+    assert "shell command" in run("lint", "pipe:cat x.tar", code=3)
+    assert "expected a folder" in run("pack", tmp_path / "nothing", "--out", tmp_path / "s", code=2)

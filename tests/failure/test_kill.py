@@ -1,0 +1,214 @@
+"""Runs that are killed, stopped or robbed of their disk (R1, R2, R13, R14, R17)."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mmdiff.errors import EXIT_STOPPED
+from mmdiff.io.atomic import verify_manifest
+from mmdiff.training.report import TIMING_FIELDS
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Zygote:
+    """Starts toy runs in forked children of one process that has imported torch already."""
+
+    def __init__(self, errors: Path) -> None:
+        self.errors, self._errors = errors, errors.open("w")
+        self._process = subprocess.Popen(
+            [sys.executable, str(ROOT / "tests/helpers/toy_training.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            env={
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+                "OMP_NUM_THREADS": "1",
+            },
+        )
+
+    def start(self, run_dir: Path, changes: dict | None = None, **env: str) -> int:
+        """Start a run; its pid."""
+        request = {"run_dir": str(run_dir), "env": env, "changes": changes or {}}
+        return self._ask(json.dumps(request), "pid")
+
+    def wait(self) -> int:
+        """Return code of the run that was started last; negative: the signal that ended it."""
+        return self._ask("wait", "code")
+
+    def _ask(self, request: str, kind: str) -> int:
+        self._process.stdin.write(f"{request}\n")
+        self._process.stdin.flush()
+        # Checked, because a number that is no pid must never reach os.kill: 0 and -1 mean many processes.
+        line = self._process.stdout.readline()
+        assert line.startswith(f"{kind} "), f"expected {kind}, got {line!r}: {self.errors.read_text()[-2000:]}"
+        return int(line.split()[1])
+
+    def run(self, run_dir: Path, changes: dict | None = None, **env: str) -> int:
+        """Start and wait."""
+        self.start(run_dir, changes, **env)
+        return self.wait()
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+        self._errors.close()
+
+
+@pytest.fixture(scope="module")
+def zygote(tmp_path_factory) -> Iterator[Zygote]:
+    server = Zygote(tmp_path_factory.mktemp("zygote") / "stderr")
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def tmp_path(tmp_path) -> Iterator[Path]:
+    """In memory where that is possible: a killed process leaves the same there, and fsyncs cost nothing."""
+    memory = Path("/dev/shm")
+    if not os.access(memory, os.W_OK):
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir=memory, prefix="mmdiff-test-") as folder:
+        yield Path(folder)
+
+
+@pytest.fixture(scope="module")
+def whole(zygote, tmp_path_factory) -> Path:
+    """The run that nobody disturbed."""
+    run_dir = tmp_path_factory.mktemp("whole") / "run"
+    assert zygote.run(run_dir) == 0
+    return run_dir
+
+
+def log_of(run_dir: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in TIMING_FIELDS} for line in lines]
+
+
+def newest(run_dir: Path) -> Path:
+    return max(p for p in (run_dir / "checkpoints").iterdir() if re.fullmatch(r"step_\d+", p.name))
+
+
+def assert_same_run(run_dir: Path, other: Path) -> None:
+    """Tensors byte for byte, the log, and the state but for the log's length (speeds have more or fewer digits)."""
+    a, b = newest(run_dir), newest(other)
+    assert a.name == b.name
+    for name in ("model", "ema", "optimizer"):
+        assert (a / f"{name}.safetensors").read_bytes() == (b / f"{name}.safetensors").read_bytes(), name
+    states = [json.loads((p / "state.json").read_text()) for p in (a, b)]
+    for state in states:
+        state.pop("log_bytes")
+    assert states[0] == states[1]
+    assert log_of(run_dir) == log_of(other)
+    assert not list((run_dir / "checkpoints").glob("*.tmp-*"))
+
+
+def kill_at_random(zygote: Zygote, run_dir: Path, seed: int, kills: int, sleep: float) -> int:
+    """Kill -9 ``kills`` times at random moments of a run that is restarted each time, then let it end."""
+    draw, died = random.Random(seed), 0
+    for _ in range(kills):
+        pid = zygote.start(run_dir, TOY_SLEEP=str(sleep))
+        time.sleep(draw.uniform(0.0, 0.5))
+        os.kill(pid, signal.SIGKILL)
+        died += zygote.wait() == -signal.SIGKILL
+    assert zygote.run(run_dir) == 0
+    return died
+
+
+def test_r1_a_run_killed_at_random_times_equals_the_uninterrupted_one(zygote, whole, tmp_path):
+    died = kill_at_random(zygote, tmp_path / "run", seed=1, kills=4, sleep=0.004)
+    assert died >= 2
+    assert_same_run(tmp_path / "run", whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(5))
+def test_r1_twenty_runs_killed_at_random_times_equal_the_uninterrupted_one(zygote, whole, tmp_path, seed):
+    for i in range(4):
+        kill_at_random(zygote, tmp_path / f"run{i}", seed=100 * seed + i, kills=5, sleep=0.002)
+        assert_same_run(tmp_path / f"run{i}", whole)
+
+
+def test_r2_a_kill_inside_any_step_of_saving_leaves_a_whole_checkpoint_and_resumes_exactly(zygote, tmp_path):
+    changes = {"samples": 36, "checkpoint_every_samples": 12}
+    assert zygote.run(tmp_path / "whole", changes) == 0
+    for point in range(1, 200):
+        run_dir = tmp_path / f"run{point}"
+        code = zygote.run(run_dir, changes, MMDIFF_FAULT=f"after:{point}")
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL
+        for manifest in run_dir.glob("checkpoints/step_*/manifest.json"):
+            if ".tmp-" not in manifest.parent.name:
+                verify_manifest(manifest.parent)
+        assert zygote.run(run_dir, changes) == 0
+        assert_same_run(run_dir, tmp_path / "whole")
+    # Three checkpoints with eighteen points each, and a deletion.
+    assert point > 55
+
+
+def test_r17_sigterm_saves_that_step_and_resuming_is_exact(zygote, whole, tmp_path):
+    run_dir = tmp_path / "run"
+    pid = zygote.start(run_dir, TOY_SLEEP="0.02")
+    wait_for_checkpoint(run_dir)
+    os.kill(pid, signal.SIGTERM)
+    assert zygote.wait() == EXIT_STOPPED
+    saved = json.loads((newest(run_dir) / "state.json").read_text())
+    assert saved["loader"]["position"] == saved["samples"] < 240
+    assert zygote.run(run_dir) == 0
+    assert_same_run(run_dir, whole)
+
+
+def test_r17_a_second_signal_ends_the_run_at_once_and_the_last_checkpoint_stands(zygote, whole, tmp_path):
+    run_dir = tmp_path / "run"
+    pid = zygote.start(run_dir, TOY_SLEEP="0.3")
+    while not (run_dir / "log.jsonl").exists():
+        time.sleep(0.01)
+    time.sleep(0.1)
+    os.kill(pid, signal.SIGTERM)
+    time.sleep(0.05)
+    os.kill(pid, signal.SIGINT)
+    assert zygote.wait() == 128 + signal.SIGINT
+    assert not list((run_dir / "checkpoints").iterdir())
+    assert zygote.run(run_dir) == 0
+    assert_same_run(run_dir, whole)
+
+
+def wait_for_checkpoint(run_dir: Path) -> None:
+    for _ in range(2000):
+        if list((run_dir / "checkpoints").glob("step_*/manifest.json")):
+            return
+        time.sleep(0.005)
+    pytest.fail("no checkpoint within 10 s")
+
+
+@pytest.mark.parametrize("limit", [100, 700, 1500, 2500])
+def test_r13_a_full_disk_leaves_the_former_checkpoint_and_says_what_is_needed(zygote, whole, tmp_path, limit):
+    run_dir = tmp_path / "run"
+    assert zygote.run(run_dir, MMDIFF_FAULT="after:30") == -signal.SIGKILL
+    before = newest(run_dir)
+    code = zygote.run(run_dir, TOY_FILE_LIMIT=str(limit))
+    message = zygote.errors.read_text().splitlines()[-1]
+    assert code == 4, message
+    verify_manifest(before)
+    assert not list((run_dir / "checkpoints").glob("*.tmp-*"))
+    assert "CheckpointError" in message
+    assert str(run_dir) in message
+    assert re.search(r"needs [\d,]+ bytes", message)
+    assert zygote.run(run_dir) == 0
+    assert_same_run(run_dir, whole)

@@ -1,0 +1,189 @@
+"""Small checkpoints in the published layouts: key names and config fields written down here, not taken from mmdiff."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+Shapes = dict[str, tuple[int, ...]]
+
+OLMO: dict[str, Any] = {
+    "activation_type": "silu",
+    "alibi": False,
+    "architectures": ["LLaDAModelLM"],
+    "attention_layer_norm": False,
+    "block_group_size": 1,
+    "block_type": "llama",
+    "d_model": 24,
+    "embedding_size": 64,
+    "eos_token_id": 61,
+    "include_bias": False,
+    "include_qkv_bias": False,
+    "input_emb_norm": False,
+    "layer_norm_type": "rms",
+    "layer_norm_with_affine": True,
+    "mask_token_id": 60,
+    "max_sequence_length": 32,
+    "mlp_hidden_size": 40,
+    "mlp_ratio": 4,
+    "model_type": "llada",
+    "multi_query_attention": None,
+    "n_heads": 4,
+    "n_kv_heads": 2,
+    "n_layers": 2,
+    "pad_token_id": 61,
+    "rms_norm_eps": 1e-5,
+    "rope": True,
+    "rope_full_precision": True,
+    "rope_theta": 500000.0,
+    "scale_logits": False,
+    "vocab_size": 64,
+    "weight_tying": False,
+}
+
+LLAMA: dict[str, Any] = {
+    "architectures": ["LLaDAModelLM"],
+    "attention_bias": False,
+    "eos_token_id": 61,
+    "hidden_act": "silu",
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "mask_token_id": 60,
+    "max_position_embeddings": 32,
+    "model_type": "llada",
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "rope_scaling": None,
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+    "vocab_size": 64,
+}
+
+LLADA_V: dict[str, Any] = {
+    **LLAMA,
+    "architectures": ["LlavaLLaDAModelLM"],
+    "bos_token_id": 128000,
+    "model_type": "llava_llada",
+    "mm_hidden_size": 12,
+    "mm_projector_type": "mlp2x_gelu",
+    "mm_vision_select_feature": "patch",
+    "mm_vision_tower": "somewhere/siglip-tiny",
+    "vision_config": {
+        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_size": 12,
+        "image_size": 20,
+        "intermediate_size": 28,
+        "layer_norm_eps": 1e-6,
+        "num_attention_heads": 3,
+        "num_channels": 3,
+        "num_hidden_layers": 3,
+        "patch_size": 6,
+    },
+}
+
+CONFIGS = {"olmo": OLMO, "llama": LLAMA, "llada-v": LLADA_V}
+
+
+def shapes(layout: str, tree: dict[str, Any]) -> Shapes:
+    """Every published key of a layout with its shape."""
+    if layout == "olmo":
+        return olmo_shapes(tree)
+    return llama_shapes(tree) | (vision_shapes(tree) if layout == "llada-v" else {})
+
+
+def olmo_shapes(c: dict[str, Any]) -> Shapes:
+    d, f, v = c["d_model"], c["mlp_hidden_size"], c["embedding_size"]
+    kv = d // c["n_heads"] * c["n_kv_heads"]
+    block = {
+        "attn_norm": (d,),
+        "q_proj": (d, d),
+        "k_proj": (kv, d),
+        "v_proj": (kv, d),
+        "attn_out": (d, d),
+        "ff_norm": (d,),
+        "ff_proj": (f, d),
+        "up_proj": (f, d),
+        "ff_out": (d, f),
+    }
+    out: Shapes = {"model.transformer.wte.weight": (v, d), "model.transformer.ln_f.weight": (d,)}
+    for i in range(c["n_layers"]):
+        out |= {f"model.transformer.blocks.{i}.{name}.weight": shape for name, shape in block.items()}
+    return out if c["weight_tying"] else out | {"model.transformer.ff_out.weight": (v, d)}
+
+
+def llama_shapes(c: dict[str, Any]) -> Shapes:
+    d, f, v = c["hidden_size"], c["intermediate_size"], c["vocab_size"]
+    kv = d // c["num_attention_heads"] * c["num_key_value_heads"]
+    block = {
+        "input_layernorm": (d,),
+        "self_attn.q_proj": (d, d),
+        "self_attn.k_proj": (kv, d),
+        "self_attn.v_proj": (kv, d),
+        "self_attn.o_proj": (d, d),
+        "post_attention_layernorm": (d,),
+        "mlp.gate_proj": (f, d),
+        "mlp.up_proj": (f, d),
+        "mlp.down_proj": (d, f),
+    }
+    out: Shapes = {"model.embed_tokens.weight": (v, d), "model.norm.weight": (d,)}
+    for i in range(c["num_hidden_layers"]):
+        out |= {f"model.layers.{i}.{name}.weight": shape for name, shape in block.items()}
+    return out if c["tie_word_embeddings"] else out | {"lm_head.weight": (v, d)}
+
+
+def vision_shapes(c: dict[str, Any]) -> Shapes:
+    d = c["hidden_size"]
+    t = c.get("vision_config") or SO400M
+    w, f, p = t["hidden_size"], t["intermediate_size"], t["patch_size"]
+    top = "model.vision_tower.vision_tower.vision_model"
+    out: Shapes = {
+        "model.image_newline": (d,),
+        "model.mm_projector.0.weight": (d, w),
+        "model.mm_projector.0.bias": (d,),
+        "model.mm_projector.2.weight": (d, d),
+        "model.mm_projector.2.bias": (d,),
+        f"{top}.embeddings.patch_embedding.weight": (w, 3, p, p),
+        f"{top}.embeddings.patch_embedding.bias": (w,),
+        f"{top}.embeddings.position_embedding.weight": ((t["image_size"] // p) ** 2, w),
+        f"{top}.post_layernorm.weight": (w,),
+        f"{top}.post_layernorm.bias": (w,),
+    }
+    for i in range(t["num_hidden_layers"] - 1):
+        layer = f"{top}.encoder.layers.{i}"
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            out |= {f"{layer}.self_attn.{name}.weight": (w, w), f"{layer}.self_attn.{name}.bias": (w,)}
+        for name in ("layer_norm1", "layer_norm2"):
+            out |= {f"{layer}.{name}.weight": (w,), f"{layer}.{name}.bias": (w,)}
+        out |= {f"{layer}.mlp.fc1.weight": (f, w), f"{layer}.mlp.fc1.bias": (f,)}
+        out |= {f"{layer}.mlp.fc2.weight": (w, f), f"{layer}.mlp.fc2.bias": (w,)}
+    return out
+
+
+SO400M = {"hidden_size": 1152, "intermediate_size": 4304, "patch_size": 14, "image_size": 384, "num_hidden_layers": 27}
+
+
+def weights(layout: str, tree: dict[str, Any], seed: int = 0) -> dict[str, Tensor]:
+    """Random weights, in bfloat16, float16 and float32 by turns, so that a change of dtype shows."""
+    draw = torch.Generator().manual_seed(seed)
+    dtypes = (torch.bfloat16, torch.float16, torch.float32)
+    return {
+        key: (torch.randn(shape, generator=draw) * 0.2).to(dtypes[n % 3])
+        for n, (key, shape) in enumerate(shapes(layout, tree).items())
+    }
+
+
+def publish(folder: Path, layout: str, tree: dict[str, Any] | None = None) -> dict[str, Tensor]:
+    """Write a published folder; returns its tensors."""
+    tree = CONFIGS[layout] if tree is None else tree
+    tensors = weights(layout, tree)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(tree))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return tensors

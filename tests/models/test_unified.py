@@ -1,0 +1,106 @@
+"""Vision, text and image codes on one canvas; the small model is the big one with other numbers."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from mmdiff import rng
+from mmdiff.batch import IMAGE
+from mmdiff.errors import ConfigError
+from mmdiff.models import llada, llada_v, unified, vision
+
+LANGUAGE = llada.Config(
+    vocab_size=37,
+    width=32,
+    depth=2,
+    heads=4,
+    kv_heads=4,
+    ffn_width=48,
+    max_length=64,
+    mask_id=3,
+    bos_id=0,
+    eos_id=1,
+    eot_id=2,
+)
+VISION = vision.Config(image_size=16, patch_size=8, width=24, depth=2, heads=2, ffn_width=32)
+TINY = unified.Config(language=LANGUAGE, vision=VISION, codes=unified.CodesConfig(codebook=10, grid=2))
+
+
+@pytest.fixture(scope="module")
+def model() -> unified.Unified:
+    return unified.Unified(TINY, generator=rng.generator(0, "init")).eval()
+
+
+def pixels(n: int) -> torch.Tensor:
+    return torch.rand(n, 3, 16, 16, generator=rng.generator(n, "pixels")) * 2 - 1
+
+
+@torch.no_grad()
+def test_features_fill_their_slots_in_row_major_order(model: unified.Unified) -> None:
+    slots = [IMAGE] * 4
+    ids = torch.tensor([[5, *slots, 6, 7, 7, 7, 7], [8, *slots, *slots, 9]])
+    images = pixels(3)
+    embeds, features = model.embed_slots(ids, images), model.features(images)
+    torch.testing.assert_close(embeds[0, 1:5], features[0])
+    torch.testing.assert_close(embeds[1, 1:9], features[1:].flatten(0, 1))
+    torch.testing.assert_close(embeds[0, 0], model.language.embed_tokens.weight[5])
+
+
+@torch.no_grad()
+def test_codes_carry_their_place_in_the_image(model: unified.Unified) -> None:
+    v = LANGUAGE.vocab_size
+    ids = torch.tensor([[5, v + 1, v + 1, v + 9, v + 10]])
+    embeds = model.embed_slots(ids)
+    table, places = model.codes.embedding.weight, model.codes.position.weight
+    torch.testing.assert_close(embeds[0, 1:], table[[1, 1, 9, 10]] + places)
+
+
+@torch.no_grad()
+def test_one_placeholder_per_image_gives_the_same_embeddings(model: unified.Unified) -> None:
+    images = pixels(2)
+    wide = model.embed_slots(torch.tensor([[5, *[IMAGE] * 4, 6, *[IMAGE] * 4, 7]]), images)
+    embeds, valid = model.embed(torch.tensor([[5, IMAGE, 6, IMAGE, 7], [5, 6, 6, 6, 7]]), list(images.split(1)))
+    torch.testing.assert_close(embeds[:1], wide)
+    assert valid.sum(1).tolist() == [11, 5]
+    assert (embeds[1, 5:] == 0).all()
+
+
+def test_wrong_number_of_images_is_refused(model: unified.Unified) -> None:
+    with pytest.raises(ConfigError, match="4 image slots"):
+        model.embed_slots(torch.tensor([[IMAGE] * 4]), pixels(2))
+    with pytest.raises(ConfigError, match="1 image placeholders for 0 images"):
+        model.embed(torch.tensor([[IMAGE, 1]]), [])
+
+
+@torch.no_grad()
+def test_heads_have_their_own_vocabularies(model: unified.Unified) -> None:
+    hidden = model.hidden(embeds=model.embed_slots(torch.tensor([[1, 2]])))
+    assert model.text_head(hidden).shape == (1, 2, 37)
+    assert model.code_head(hidden).shape == (1, 2, 10)
+
+
+def test_layout_tells_tasks_what_to_build(model: unified.Unified) -> None:
+    layout = model.layout()
+    assert (layout.features, layout.codes, layout.code_offset, layout.code_mask_id) == (4, 4, 37, 47)
+
+
+def shape_of(module: torch.nn.Module) -> set[tuple[str, str]]:
+    """(key with layer numbers removed, type) of every submodule."""
+    return {(re.sub(r"\.\d+\.", ".N.", f"{name}."), type(part).__name__) for name, part in module.named_modules()}
+
+
+def test_the_small_model_has_the_module_types_and_key_names_of_the_published_8b_model(model: unified.Unified) -> None:
+    with torch.device("meta"):
+        published = llada_v.LLaDAV(llada_v.Config())
+    small = {(name, kind) for name, kind in shape_of(model) if not name.startswith("codes.") and name != "."}
+    assert small == {entry for entry in shape_of(published) if entry[0] != "."}
+
+    def keys(module: torch.nn.Module) -> set[str]:
+        return {re.sub(r"\.\d+\.", ".N.", k) for k in module.state_dict() if not k.startswith("codes.")}
+
+    assert keys(model) == keys(published)
+    assert isinstance(model, llada_v.LLaDAV)
+    assert isinstance(model.language, type(published.language))

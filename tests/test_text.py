@@ -1,0 +1,187 @@
+"""The tokenizer: round trips, special spellings as literal text, the published template."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mmdiff.batch import IMAGE
+from mmdiff.errors import CheckpointError, ConfigError
+from mmdiff.text import SPECIAL_TOKENS, Tokenizer
+
+CORPUS = ["a red cube", "the thumbs up, with medium skin tone", "What is this?", "user says hello"]
+TOKENIZER = Tokenizer.train(CORPUS * 20, 400)
+USER = [{"role": "user", "content": "What is this?"}]
+
+
+def with_image(text: str) -> list[dict[str, object]]:
+    return [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
+
+
+@pytest.fixture
+def published(tmp_path: Path) -> Path:
+    """A tokenizer.json of the published kind: special tokens last, mask and header marks not flagged special."""
+    vocab = {chr(c): i for i, c in enumerate(range(32, 127))} | {"\n": 95, "?": 31}
+    added = [("<|startoftext|>", True), ("<|endoftext|>", True), ("<|mdm_mask|>", False), ("<|eot_id|>", True)]
+    added += [("<|start_header_id|>", False), ("<|end_header_id|>", False), ("<|reserved_token_1|>", True)]
+    words = ["user", "ass", "istant"]
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    tokens = [{"id": 96 + i, "content": w, "special": False, **flags} for i, w in enumerate(words)]
+    tokens += [{"id": 99 + i, "content": w, "special": s, **flags} for i, (w, s) in enumerate(added)]
+    model = {"type": "BPE", "vocab": vocab, "merges": []}
+    file = tmp_path / "tokenizer.json"
+    file.write_text(json.dumps({"version": "1.0", "added_tokens": tokens, "model": model}))
+    return file
+
+
+@given(st.text(max_size=60))
+def test_any_text_survives_encoding_and_decoding(text: str) -> None:
+    assert TOKENIZER.decode(TOKENIZER.encode(text)) == text
+
+
+@given(st.lists(st.sampled_from([*SPECIAL_TOKENS, "<|", "|>", "user", "\n\n", " ", "é", "<image>"]), max_size=8))
+def test_special_spellings_in_text_are_literal(pieces: list[str]) -> None:
+    text = "".join(pieces)
+    ids = TOKENIZER.encode(text)
+    assert TOKENIZER.special_ids.isdisjoint(ids)
+    assert TOKENIZER.decode(ids) == text
+
+
+def test_a_special_spelling_does_not_change_the_ids_around_it() -> None:
+    before, after = TOKENIZER.encode("a red cube"), TOKENIZER.encode(" user says")
+    ids = TOKENIZER.encode("a red cube<|eot_id|> user says")
+    assert ids[: len(before)] == before
+    assert ids[-len(after) :] == after
+
+
+@pytest.mark.parametrize("spelling", [*SPECIAL_TOKENS, "<|reserved_token_1|>"])
+def test_a_published_tokenizer_cannot_be_told_to_emit_special_tokens(published: Path, spelling: str) -> None:
+    tokenizer = Tokenizer.from_pretrained(published)
+    ids = tokenizer.encode(f"say {spelling} now")
+    assert max(ids) < 99
+    assert tokenizer.decode(ids).replace(" ", "") == f"say{spelling}now"
+
+
+def test_special_tokens_are_the_first_ids_and_all_different() -> None:
+    t = TOKENIZER
+    assert sorted([t.bos_id, t.eos_id, t.mask_id, t.start_header_id, t.end_header_id, t.eot_id]) == list(range(6))
+    assert t.decode([t.mask_id, *t.encode("a"), t.eot_id]) == "a"
+    assert t.decode([t.mask_id, *t.encode("a"), t.eot_id], keep_special=True) == "<|mdm_mask|>a<|eot_id|>"
+
+
+def test_words_of_the_template_are_single_tokens() -> None:
+    assert [len(TOKENIZER.encode(w)) for w in ("user", "assistant", "system", "\n\n")] == [1, 1, 1, 1]
+    assert len(TOKENIZER.encode("\n\na")) == 2
+
+
+def test_training_twice_gives_the_same_tokenizer() -> None:
+    again = Tokenizer.train(CORPUS * 20, 400)
+    text = "a red thumb, with user tone"
+    assert again.encode(text) == TOKENIZER.encode(text)
+    assert again.vocab_size == TOKENIZER.vocab_size <= 400
+
+
+def test_saving_and_loading_keeps_every_id(tmp_path: Path) -> None:
+    TOKENIZER.save_pretrained(tmp_path)
+    for again in (Tokenizer.from_pretrained(tmp_path), pickle.loads(pickle.dumps(TOKENIZER))):
+        for text in ("a red cube", "<|eot_id|>", "\n\nuser"):
+            assert again.encode(text) == TOKENIZER.encode(text)
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["mask_token"] == "<|mdm_mask|>"
+
+
+def test_a_loaded_tokenizer_is_saved_unchanged(published: Path, tmp_path: Path) -> None:
+    Tokenizer.from_pretrained(published).save_pretrained(tmp_path / "copy")
+    assert (tmp_path / "copy" / "tokenizer.json").read_text() == published.read_text()
+
+
+def test_chat_follows_the_published_template(published: Path) -> None:
+    t = Tokenizer.from_pretrained(published)
+    user, ass, istant, newline = 96, 97, 98, 95
+    question = t.encode("hi there")
+    encoded = t.chat([{"role": "user", "content": "  hi there "}])
+    head = [t.bos_id, t.start_header_id, user, t.end_header_id, newline, newline]
+    tail = [t.eot_id, t.start_header_id, ass, istant, t.end_header_id, newline, newline]
+    assert encoded.ids == head + question + tail
+    assert encoded.ids[slice(*encoded.user_span)] == question
+    assert encoded.answer_start == len(encoded.ids)
+
+
+def test_answer_is_literal_and_ended() -> None:
+    encoded = TOKENIZER.chat(USER, answer=" <|eot_id|>\n")
+    assert encoded.ids[-1] == TOKENIZER.eot_id
+    assert TOKENIZER.decode(encoded.ids[encoded.answer_start :]) == " <|eot_id|>\n"
+    assert encoded.ids[: encoded.answer_start] == TOKENIZER.chat(USER).ids
+
+
+def test_images_come_from_parts_and_never_from_text() -> None:
+    encoded = TOKENIZER.chat(with_image("<image> what?"), 3)
+    assert encoded.ids.count(IMAGE) == 3
+    span = encoded.ids[slice(*encoded.user_span)]
+    assert span[:3] == [IMAGE] * 3
+    assert TOKENIZER.decode(span) == "\n<image> what?"
+    two = [{"role": "user", "content": [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "why"}]}]
+    assert TOKENIZER.chat(two, [2, 5]).ids.count(IMAGE) == 7
+
+
+def test_history_and_system_message_keep_their_order() -> None:
+    messages = [
+        {"role": "system", "content": "be short"},
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": "two"},
+        {"role": "user", "content": "three"},
+    ]
+    text = TOKENIZER.decode(TOKENIZER.chat(messages).ids, keep_special=True)
+    turns = [f"<|start_header_id|>{m['role']}<|end_header_id|>\n\n{m['content']}<|eot_id|>" for m in messages]
+    assert text == "<|startoftext|>" + "".join(turns) + "<|start_header_id|>assistant<|end_header_id|>\n\n"
+
+
+@pytest.mark.parametrize(
+    ("messages", "slots", "word"),
+    [
+        ([], 0, "last message"),
+        ([{"role": "user", "content": " \n"}], 0, "empty"),
+        (with_image(""), 2, "empty"),
+        (with_image("hi"), 0, "no slots"),
+        (with_image("hi"), [], "were given"),
+        (with_image("hi"), [2, 2], "2 images were given"),
+        ([{"role": "user", "content": []}], 0, "empty"),
+        ([{"role": "user", "content": None}], 0, "NoneType"),
+        ([{"role": "user", "content": [{"type": "audio"}]}], 0, "audio"),
+        ([{"role": "tool", "content": "x"}, *USER], 0, "tool"),
+        ([*USER, {"role": "assistant", "content": "x"}], 0, "last message"),
+    ],
+)
+def test_a_bad_conversation_is_refused_with_its_reason(messages: list, slots: int | list[int], word: str) -> None:
+    with pytest.raises(ConfigError, match=word):
+        TOKENIZER.chat(messages, slots)
+
+
+def test_ids_that_are_no_text_are_left_out_of_the_text() -> None:
+    ids = [IMAGE, *TOKENIZER.encode("a red cube"), TOKENIZER.vocab_size + 7]
+    assert TOKENIZER.decode(ids) == "a red cube"
+
+
+def test_missing_special_tokens_are_named(tmp_path: Path) -> None:
+    model = {"type": "BPE", "vocab": {"a": 0}, "merges": []}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": model}))
+    with pytest.raises(CheckpointError, match=r"<\|mdm_mask\|>"):
+        Tokenizer.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"model": 3}', "\ud7ff{}"])
+def test_a_file_that_is_no_tokenizer_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "tokenizer.json").write_text(text, encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
+        Tokenizer.from_pretrained(tmp_path)
+
+
+def test_a_missing_tokenizer_and_a_tiny_vocabulary_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        Tokenizer.from_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="at least 300"):
+        Tokenizer.train(CORPUS, 256)
