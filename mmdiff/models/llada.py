@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from mmdiff.config import Field, config
 from mmdiff.errors import ConfigError
 from mmdiff.models.base import PretrainedModule
-from mmdiff.nn.attention import Attention, Store
+from mmdiff.nn.attention import Attention
 from mmdiff.nn.layers import RMSNorm, SwiGLU
 from mmdiff.nn.rope import tables
+from mmdiff.nn.store import FeatureStore, Store, take
 
 __all__ = ["Config", "LLaDA"]
 
@@ -99,14 +100,16 @@ class Block(nn.Module):
         self,
         x: Float[Tensor, "B q D"],
         rope: tuple[Tensor, Tensor],
-        mask: Bool[Tensor, "#B 1 #q T"] | None,
+        mask: Bool[Tensor, "#B 1 _ T"] | None,
         *,
         store: Store | None,
         layer: int,
         index: Int[Tensor, "B q"] | None,
-    ) -> Float[Tensor, "B q D"]:
+        queries: Int[Tensor, "B p"] | None = None,
+    ) -> Float[Tensor, "B _ D"]:
         """One block; arguments as in `mmdiff.nn.attention.Attention.forward`."""
-        x = x + self.self_attn(self.input_layernorm(x), rope, mask, store=store, layer=layer, index=index)
+        y = self.self_attn(self.input_layernorm(x), rope, mask, store=store, layer=layer, index=index, queries=queries)
+        x = (x if queries is None else take(x, queries)) + y
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -191,22 +194,20 @@ class LLaDA(PretrainedModule):
             raise ConfigError("give exactly one of ids and embeds")
         if index is not None and store is None:
             raise ConfigError("index needs a store: slots that are not computed must come from somewhere")
-        x = self.embed_tokens(ids) if embeds is None else embeds
-        b, length, _ = x.shape
+        given = ids if embeds is None else embeds
+        assert given is not None
+        b, length = given.shape[:2]
         if positions is None:
-            positions = torch.arange(length, device=x.device)[None]
+            positions = torch.arange(length, device=given.device)[None]
         if store is not None:
-            store.mark(_all_slots(b, length, x.device) if index is None else index)
+            store.mark(index, given.device)
         mask = _mask(valid, attend, store, index)
         if index is not None:
-            x = _take(x, index)
-            positions = positions.expand(b, length).gather(1, index)
-        elif store is not None:
-            index = _all_slots(b, length, x.device)
-        x = self._blocks(x, positions, mask, store, index)
-        if head_index is not None:
-            x = _take(x, head_index if store is None else _places(index, head_index, length))
-        return self.norm(x)
+            given, positions = take(given, index), positions.expand(b, length).gather(1, index)
+        x = self.embed_tokens(given) if embeds is None else given
+        if head_index is not None and index is not None:
+            head_index = _places(index, head_index, length)
+        return self.norm(self._blocks(x, positions, mask, store, index, head_index))
 
     def head(self, hidden: Float[Tensor, "*B D"]) -> Float[Tensor, "*B V"]:
         """Text logits of hidden states."""
@@ -215,14 +216,26 @@ class LLaDA(PretrainedModule):
         return self.lm_head(hidden)
 
     def _blocks(
-        self, x: Tensor, positions: Tensor, mask: Tensor | None, store: Store | None, index: Tensor | None
+        self,
+        x: Tensor,
+        positions: Tensor,
+        mask: Tensor | None,
+        store: Store | None,
+        index: Tensor | None,
+        wanted: Tensor | None,
     ) -> Tensor:
+        """All blocks; of the last one only the rows ``wanted`` of ``x``, the others being needed by nobody."""
         cos, sin = tables(positions, self.config.width // self.config.heads, self.config.rope_theta)
         if not self.config.rope_full_precision:
             cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-        for layer, block in enumerate(self.layers):
+        if isinstance(store, FeatureStore):
+            for layer, block in enumerate(self.layers):
+                x = store.run(layer, block, x, (cos, sin), mask)
+            return x if wanted is None else take(x, wanted)
+        *first, last = self.layers
+        for layer, block in enumerate(first):
             x = block(x, (cos, sin), mask, store=store, layer=layer, index=index)
-        return x
+        return last(x, (cos, sin), mask, store=store, layer=len(first), index=index, queries=wanted)
 
     @torch.no_grad()
     def init_(self, generator: torch.Generator) -> LLaDA:
@@ -254,18 +267,8 @@ class LLaDA(PretrainedModule):
 LLaDA.Config = Config
 
 
-def _all_slots(b: int, length: int, device: torch.device) -> Int[Tensor, "B L"]:
-    return torch.arange(length, device=device).expand(b, length)
-
-
-def _take(x: Float[Tensor, "B L D"], index: Int[Tensor, "B q"]) -> Float[Tensor, "B q D"]:
-    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
-
-
-def _places(index: Tensor | None, wanted: Int[Tensor, "B p"], length: int) -> Int[Tensor, "B p"]:
+def _places(index: Int[Tensor, "B q"], wanted: Int[Tensor, "B p"], length: int) -> Int[Tensor, "B p"]:
     """Where the slots ``wanted`` stand among the computed slots ``index``."""
-    if index is None:
-        return wanted
     place = torch.zeros(index.shape[0], length, dtype=torch.long, device=index.device)
     place.scatter_(1, index, torch.arange(index.shape[1], device=index.device).expand_as(index))
     return place.gather(1, wanted)
@@ -273,15 +276,11 @@ def _places(index: Tensor | None, wanted: Int[Tensor, "B p"], length: int) -> In
 
 def _mask(
     valid: Tensor | None, attend: Tensor | None, store: Store | None, index: Tensor | None
-) -> Bool[Tensor, "#B 1 #q T"] | None:
+) -> Bool[Tensor, "#B 1 _ T"] | None:
     """One boolean mask for scaled-dot-product attention, or None if everything may be seen."""
-    keys = valid
-    if store is not None and index is not None:
-        keys = store.filled if valid is None else store.filled & valid
-    mask = None if keys is None else keys[:, None, None, :]
+    seen = [m for m in (valid, None if store is None else store.filled) if m is not None]
+    mask = None if not seen else torch.stack(seen).all(0)[:, None, None, :]
     if attend is not None:
-        rows = attend
-        if index is not None:
-            rows = attend.expand(index.shape[0], -1, -1).gather(1, index[..., None].expand(-1, -1, attend.shape[-1]))
+        rows = attend if index is None else take(attend, index)
         mask = rows[:, None] if mask is None else mask & rows[:, None]
     return mask

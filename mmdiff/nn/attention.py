@@ -1,52 +1,15 @@
-"""Attention over a set of slots: bidirectional, masked, or against stored keys and values.
-
-`Store` is the common form of every key/value cache: T slots per layer, of which a pass recomputes some.
-"""
+"""Attention over a set of slots: bidirectional, masked, or against stored keys and values."""
 
 from __future__ import annotations
 
-import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmdiff.nn.rope import rotate
+from mmdiff.nn.store import Store, take
 
-__all__ = ["Attention", "Store"]
-
-
-class Store:
-    """Keys (rotated) and values of every layer for T slots per row.
-
-    Args:
-        layers: Number of attention layers.
-        batch: B rows.
-        slots: T slots per row.
-
-    The tensors are allocated at the first write, in the dtype and on the device of what is written. A slot that was
-    never written is not attended.
-    """
-
-    def __init__(self, layers: int, batch: int, slots: int) -> None:
-        self.slots = slots
-        self.filled: Bool[Tensor, "B T"] = torch.zeros(batch, slots, dtype=torch.bool)
-        self._kv: list[tuple[Tensor, Tensor] | None] = [None] * layers
-
-    def mark(self, index: Int[Tensor, "B q"]) -> None:
-        """Note that the slots ``index`` are written in this pass."""
-        self.filled = self.filled.to(index.device).scatter(1, index, True)
-
-    def write(
-        self, layer: int, index: Int[Tensor, "B q"], k: Float[Tensor, "B H q K"], v: Float[Tensor, "B H q K"]
-    ) -> tuple[Float[Tensor, "B H T K"], Float[Tensor, "B H T K"]]:
-        """Write the slots ``index`` of one layer; returns keys and values of all T slots."""
-        pair = self._kv[layer]
-        if pair is None:
-            shape = (*k.shape[:2], self.slots, k.shape[-1])
-            pair = (k.new_zeros(shape), v.new_zeros(shape))
-        where = index[:, None, :, None].expand_as(k)
-        self._kv[layer] = pair = (pair[0].scatter(2, where, k), pair[1].scatter(2, where, v))
-        return pair
+__all__ = ["Attention"]
 
 
 class Attention(nn.Module):
@@ -70,12 +33,13 @@ class Attention(nn.Module):
         self,
         x: Float[Tensor, "B q D"],
         rope: tuple[Tensor, Tensor],
-        mask: Bool[Tensor, "#B 1 #q T"] | None = None,
+        mask: Bool[Tensor, "#B 1 _ T"] | None = None,
         *,
         store: Store | None = None,
         layer: int = 0,
         index: Int[Tensor, "B q"] | None = None,
-    ) -> Float[Tensor, "B q D"]:
+        queries: Int[Tensor, "B p"] | None = None,
+    ) -> Float[Tensor, "B _ D"]:
         """Attend from the q computed slots.
 
         Args:
@@ -84,19 +48,38 @@ class Attention(nn.Module):
             mask: Bool [B, 1, q or 1, T], True = may be attended; None = everything.
             store: Where fresh keys and values go and the other slots come from; None: the q slots are all there is.
             layer: Number of this layer in the store.
-            index: Int64 [B, q], the slots of the store that ``x`` stands for.
+            index: Int64 [B, q], the slots of the store that ``x`` stands for; None = all of them, in order.
+            queries: Int64 [B, p], rows of ``x`` that attend; default all q.
 
         Returns:
-            Float [B, q, D].
+            Float [B, q, D], or [B, p, D] with ``queries``.
         """
         b, q, _ = x.shape
-        query = rotate(self.q_proj(x).view(b, q, self.heads, -1).transpose(1, 2), *rope)
-        key = rotate(self.k_proj(x).view(b, q, self.kv_heads, -1).transpose(1, 2), *rope)
-        value = self.v_proj(x).view(b, q, self.kv_heads, -1).transpose(1, 2)
-        if store is not None and index is not None:
+        key = rotate(self.k_proj(x).view(b, q, self.kv_heads, -1), *rope)
+        value = self.v_proj(x).view(b, q, self.kv_heads, -1)
+        if store is not None:
             key, value = store.write(layer, index, key, value)
-        if self.kv_heads != self.heads:
-            repeats = self.heads // self.kv_heads
-            key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        return self.o_proj(out.transpose(1, 2).reshape(b, q, -1))
+        if queries is not None:
+            x, rope = take(x, queries), (take(rope[0], queries), take(rope[1], queries))
+            mask = mask if mask is None or mask.shape[2] == 1 else take(mask[:, 0], queries)[:, None]
+        query = rotate(self.q_proj(x).view(*x.shape[:2], self.heads, -1), *rope)
+        return self.o_proj(_attend(query, key, value, mask).flatten(2))
+
+
+def _attend(
+    query: Float[Tensor, "B q H K"],
+    key: Float[Tensor, "B T h K"],
+    value: Float[Tensor, "B T h K"],
+    mask: Bool[Tensor, "#B 1 _ T"] | None,
+) -> Float[Tensor, "B q H K"]:
+    key, value = key.transpose(1, 2), value.transpose(1, 2)
+    q, heads = query.shape[1:3]
+    if heads == key.shape[1]:
+        return F.scaled_dot_product_attention(query.transpose(1, 2), key, value, attn_mask=mask).transpose(1, 2)
+    # Query heads of one group stand as further rows of its key head: no key is copied.
+    groups = heads // key.shape[1]
+    folded = query.unflatten(2, (-1, groups)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+    if mask is not None and mask.shape[2] != 1:
+        mask = mask.repeat(1, 1, groups, 1)
+    out = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask)
+    return out.unflatten(2, (groups, q)).permute(0, 3, 1, 2, 4).flatten(2, 3)

@@ -15,7 +15,7 @@ __all__ = ["rotate", "tables"]
 
 def tables(
     positions: Int[Tensor, "B L"], head_dim: int, theta: float
-) -> tuple[Float[Tensor, "B 1 L K"], Float[Tensor, "B 1 L K"]]:
+) -> tuple[Float[Tensor, "B L 1 K"], Float[Tensor, "B L 1 K"]]:
     """Cosine and sine tables in float32.
 
     Args:
@@ -24,17 +24,17 @@ def tables(
         theta: Base of the frequencies theta^(-2j/K).
 
     Returns:
-        (cos, sin), each float32 [B, 1, L, K]; the two halves of the last axis are equal.
+        (cos, sin), each float32 [B, L, 1, K]; the two halves of the last axis are equal.
     """
     half = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
-    angles = positions[:, None, :, None].float() * theta**-half
+    angles = positions[:, :, None, None].float() * theta**-half
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos(), angles.sin()
 
 
 def rotate(
-    x: Float[Tensor, "B H L K"], cos: Float[Tensor, "#B 1 L K"], sin: Float[Tensor, "#B 1 L K"]
-) -> Float[Tensor, "B H L K"]:
+    x: Float[Tensor, "B L H K"], cos: Float[Tensor, "#B L 1 K"], sin: Float[Tensor, "#B L 1 K"]
+) -> Float[Tensor, "B L H K"]:
     """Rotate heads by the tables; computed in the tables' dtype, returned in the dtype of ``x``.
 
     With float32 tables this is the published LLaDA files' ``rope_full_precision``; with tables cast to the dtype of

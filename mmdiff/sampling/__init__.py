@@ -4,12 +4,14 @@
 """
 
 from mmdiff.sampling.blocks import Fixed, Whole
+from mmdiff.sampling.caches import Cache, DllmCache, Dual, Prefix
 from mmdiff.sampling.canvas import Backbone, Canvas, CodeBackbone, TextBackbone, layout
 from mmdiff.sampling.constraints import Constraint
 from mmdiff.sampling.exits import Eos
 from mmdiff.sampling.guidance import Cfg
 from mmdiff.sampling.loop import decode, steps
-from mmdiff.sampling.samplers import Greedy, Gumbel, Multinomial, Proposal
+from mmdiff.sampling.proposal import Proposal
+from mmdiff.sampling.samplers import Greedy, Gumbel, Multinomial
 from mmdiff.sampling.schedules import Cosine, Linear, Shift
 from mmdiff.sampling.selectors import (
     Entropy,
@@ -21,16 +23,20 @@ from mmdiff.sampling.selectors import (
     Threshold,
     TopConfidence,
 )
-from mmdiff.sampling.trace import Decoded, Step, Trace
+from mmdiff.sampling.trace import Decoded, Drift, Pass, Step, Trace
 
 __all__ = [
     "Backbone",
+    "Cache",
     "Canvas",
     "Cfg",
     "CodeBackbone",
     "Constraint",
     "Cosine",
     "Decoded",
+    "DllmCache",
+    "Drift",
+    "Dual",
     "Entropy",
     "Eos",
     "Factor",
@@ -40,6 +46,8 @@ __all__ = [
     "Linear",
     "Margin",
     "Multinomial",
+    "Pass",
+    "Prefix",
     "Proposal",
     "Quota",
     "Random",

@@ -18,15 +18,13 @@ from mmdiff.sampling.canvas import Canvas
 
 __all__ = ["Blocks", "Fixed", "Whole", "window"]
 
-_NEVER = torch.iinfo(torch.int64).max
-
 
 @runtime_checkable
 class Blocks(Protocol):
     """Numbers the slots of a canvas."""
 
     def assign(self, canvas: Canvas) -> Int[Tensor, "B T"]:
-        """Block number of every slot, non-negative where the slot may ever be generated."""
+        """Block number of every slot; -1 before the first block (the prompt)."""
         ...
 
 
@@ -35,8 +33,8 @@ class Whole:
     """One block: everything may be decided at any time."""
 
     def assign(self, canvas: Canvas) -> Int[Tensor, "B T"]:
-        """Zero everywhere."""
-        return torch.zeros_like(canvas.tokens)
+        """Zero everywhere behind the prompt."""
+        return _blocks(canvas, canvas.tokens.shape[1])
 
 
 @dataclass(frozen=True)
@@ -54,11 +52,14 @@ class Fixed:
 
     def assign(self, canvas: Canvas) -> Int[Tensor, "B T"]:
         """Distance from the end of the prompt, divided by the size."""
-        slots = torch.arange(canvas.tokens.shape[1], device=canvas.tokens.device) - canvas.start
-        return slots.clamp(min=0).div(self.size, rounding_mode="floor").expand_as(canvas.tokens)
+        return _blocks(canvas, self.size)
 
 
-def window(canvas: Canvas, block: Int[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
-    """Undecided slots of each row's current block; nothing where a row is complete."""
-    current = block.masked_fill(~canvas.undecided, _NEVER).amin(1, keepdim=True)
-    return canvas.undecided & (block == current)
+def window(canvas: Canvas, numbers: Int[Tensor, "B T"], current: Int[Tensor, "B"]) -> Bool[Tensor, "B T"]:
+    """Undecided slots up to the end of each row's current block."""
+    return canvas.undecided & (numbers <= current[:, None])
+
+
+def _blocks(canvas: Canvas, size: int) -> Int[Tensor, "B T"]:
+    slots = torch.arange(canvas.tokens.shape[1], device=canvas.tokens.device) - canvas.start
+    return slots.div(size, rounding_mode="floor").clamp(min=-1).expand_as(canvas.tokens)

@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from mmdiff.errors import ConfigError
+from mmdiff.nn.store import Store
 
 __all__ = ["Backbone", "Canvas", "CodeBackbone", "TextBackbone", "as_backbone", "layout"]
 
@@ -65,7 +66,7 @@ class Canvas:
     def write(
         self, index: Int[Tensor, "B q"], commit: Bool[Tensor, "B q"], tokens: Int[Tensor, "B q"], step: int
     ) -> None:
-        """Decide the slots of ``index`` where ``commit``, in place."""
+        """Decide the slots of ``index`` where ``commit``, in place; ``step`` goes into ``order``."""
         self.tokens.scatter_(1, index, torch.where(commit, tokens, self.tokens.gather(1, index)))
         self.order.scatter_(1, index, self.order.gather(1, index).masked_fill(commit, step))
         self.undecided.scatter_(1, index, self.undecided.gather(1, index) & ~commit)
@@ -155,7 +156,12 @@ class Backbone(Protocol):
     offset: int
 
     def forward(self, canvas: Canvas, index: Int[Tensor, "B q"]) -> Float[Tensor, "B q V"]:
-        """Logits of every class at the slots ``index``, reading the whole canvas."""
+        """Logits of every class at the slots ``index``, reading the whole canvas.
+
+        The result is a new tensor, which the caller may overwrite. A backbone that can be decoded with a cache also
+        has ``layers`` (their number) and two more arguments: ``store``, and ``compute`` (Int64 [B, n], slots that go
+        through the network, ``index`` among them; None = all).
+        """
         ...
 
 
@@ -171,12 +177,20 @@ class TextBackbone:
     def __init__(self, model: Any) -> None:
         self.model = model
         config = model.config
-        self.mask_id: int = getattr(config, "language", config).mask_id
+        language = getattr(config, "language", config)
+        self.mask_id: int = language.mask_id
         self.null_id = self.mask_id
+        self.layers: int = getattr(language, "depth", 0)
 
-    def forward(self, canvas: Canvas, index: Int[Tensor, "B q"]) -> Float[Tensor, "B q V"]:
+    def forward(
+        self,
+        canvas: Canvas,
+        index: Int[Tensor, "B q"],
+        store: Store | None = None,
+        compute: Int[Tensor, "B n"] | None = None,
+    ) -> Float[Tensor, "B q V"]:
         """Text logits at ``index``; the head runs there only."""
-        options = {"valid": canvas.valid, "positions": canvas.positions, "head_index": index}
+        options = _options(canvas, index, store, compute)
         if canvas.embeds is None and not hasattr(self.model, "embed_slots"):
             return self.model(canvas.tokens, **options)
         return self.model(embeds=_inputs(self.model, canvas), **options)
@@ -191,12 +205,17 @@ class CodeBackbone:
         self.offset: int = shape.code_offset
         self.mask_id: int = shape.code_mask_id
         self.null_id: int = model.config.language.mask_id
+        self.layers: int = model.config.language.depth
 
-    def forward(self, canvas: Canvas, index: Int[Tensor, "B q"]) -> Float[Tensor, "B q K"]:
+    def forward(
+        self,
+        canvas: Canvas,
+        index: Int[Tensor, "B q"],
+        store: Store | None = None,
+        compute: Int[Tensor, "B n"] | None = None,
+    ) -> Float[Tensor, "B q K"]:
         """Code logits at ``index``; the head runs there only."""
-        hidden = self.model.hidden(
-            embeds=_inputs(self.model, canvas), valid=canvas.valid, positions=canvas.positions, head_index=index
-        )
+        hidden = self.model.hidden(embeds=_inputs(self.model, canvas), **_options(canvas, index, store, compute))
         return self.model.code_head(hidden)
 
 
@@ -213,6 +232,11 @@ def as_backbone(model: Any) -> Backbone:
     raise ConfigError(
         f"{type(model).__name__} is no backbone: it needs mask_id, null_id, offset and forward(canvas, index)"
     )
+
+
+def _options(canvas: Canvas, index: Tensor, store: Store | None, compute: Tensor | None) -> dict[str, Any]:
+    options: dict[str, Any] = {"valid": canvas.valid, "positions": canvas.positions, "head_index": index}
+    return options if store is None else {**options, "store": store, "index": compute}
 
 
 def _inputs(model: Any, canvas: Canvas) -> Float[Tensor, "B T D"]:

@@ -6,6 +6,8 @@ needs no constraint.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from mmdiff.sampling.canvas import Canvas
 
-__all__ = ["Constraint", "exclude", "restrict_range"]
+__all__ = ["Constraint", "exclude_", "restrict_range", "without"]
 
 
 @dataclass(frozen=True)
@@ -31,13 +33,13 @@ class Constraint:
     forbid: tuple[int, ...] = ()
     postpone: tuple[int, ...] = ()
 
-    def restrict(self, logits: Float[Tensor, "B q V"], offset: int) -> Float[Tensor, "B q V"]:
-        """Logits before the choice."""
-        return exclude(logits, self.forbid, offset)
+    def restrict(self, logits: Float[Tensor, "B q V"], offset: int) -> None:
+        """Change the logits before the choice, in place."""
+        exclude_(logits, self.forbid, offset)
 
-    def rescore(self, logits: Float[Tensor, "B q V"], offset: int) -> Float[Tensor, "B q V"]:
-        """Logits after the choice, for its confidence."""
-        return exclude(logits, self.postpone, offset)
+    def rescore(self, logits: Float[Tensor, "B q V"], offset: int) -> None:
+        """Change the logits after the choice, in place: they are those of its confidence."""
+        exclude_(logits, self.postpone, offset)
 
 
 def restrict_range(
@@ -54,9 +56,26 @@ def restrict_range(
     return logits
 
 
-def exclude(logits: Float[Tensor, "B q V"], ids: tuple[int, ...], offset: int) -> Float[Tensor, "B q V"]:
-    """Logits with -inf at the classes of ``ids`` (ids outside the classes are skipped)."""
+def exclude_(logits: Float[Tensor, "B q V"], ids: tuple[int, ...], offset: int) -> None:
+    """Put -inf at the classes of ``ids``, in place (ids outside the classes are skipped)."""
+    columns = _columns(logits, ids, offset)
+    if columns is not None:
+        logits.index_fill_(-1, columns, -torch.inf)
+
+
+@contextmanager
+def without(logits: Float[Tensor, "B q V"], ids: tuple[int, ...], offset: int) -> Iterator[None]:
+    """The logits with -inf at the classes of ``ids``, while the block runs."""
+    columns = _columns(logits, ids, offset)
+    if columns is None:
+        yield
+        return
+    held = logits.index_select(-1, columns)
+    logits.index_fill_(-1, columns, -torch.inf)
+    yield
+    logits.index_copy_(-1, columns, held)
+
+
+def _columns(logits: Tensor, ids: tuple[int, ...], offset: int) -> Int[Tensor, "n"] | None:
     columns = [i - offset for i in ids if 0 <= i - offset < logits.shape[-1]]
-    if not columns:
-        return logits
-    return logits.index_fill(-1, torch.tensor(columns, device=logits.device), -torch.inf)
+    return torch.tensor(columns).to(logits.device, non_blocking=True) if columns else None

@@ -1,31 +1,31 @@
-"""Guidance: two readings of the canvas, with and without the condition, combined into one set of logits."""
+"""Guidance: several readings of the canvas, with and without the condition, combined into one set of logits."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from mmdiff.sampling.canvas import Backbone, Canvas
+from mmdiff.sampling.canvas import Canvas
 
 __all__ = ["Cfg", "Guidance", "without_condition"]
 
 
 @runtime_checkable
 class Guidance(Protocol):
-    """Replaces the plain forward pass."""
+    """Replaces the plain reading by several branches, which go through the network together."""
 
-    @property
-    def branches(self) -> int:
-        """Rows the network sees per row of the canvas."""
+    def branches(self, canvas: Canvas, null_id: int) -> list[Canvas]:
+        """The canvases to read, always as many; each has its own rows of the store."""
         ...
 
-    def logits(self, backbone: Backbone, canvas: Canvas, index: Int[Tensor, "B q"]) -> Float[Tensor, "B q V"]:
-        """Logits at ``index``."""
+    def combine(self, logits: Sequence[Float[Tensor, "B q V"]]) -> Float[Tensor, "B q V"]:
+        """One set of logits from those of the branches."""
         ...
 
 
@@ -44,18 +44,15 @@ class Cfg:
 
     scale: float
 
-    @property
-    def branches(self) -> int:
-        """Two, or one without guidance."""
-        return 1 if self.scale == 1 else 2
+    def branches(self, canvas: Canvas, null_id: int) -> list[Canvas]:
+        """With and without the condition."""
+        return [canvas] if self.scale == 1 else [canvas, without_condition(canvas, null_id)]
 
-    def logits(self, backbone: Backbone, canvas: Canvas, index: Int[Tensor, "B q"]) -> Float[Tensor, "B q V"]:
-        """Guided logits at ``index``."""
-        if self.scale == 1:
-            return backbone.forward(canvas, index)
-        both = canvas.stack(without_condition(canvas, backbone.null_id))
-        logits = backbone.forward(both, index.repeat(2, 1))
-        conditional, unconditional = logits.to(torch.promote_types(logits.dtype, torch.float32)).chunk(2)
+    def combine(self, logits: Sequence[Float[Tensor, "B q V"]]) -> Float[Tensor, "B q V"]:
+        """Guided logits, in float32 at least."""
+        if len(logits) == 1:
+            return logits[0]
+        conditional, unconditional = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in logits)
         return unconditional + self.scale * (conditional - unconditional)
 
 

@@ -19,34 +19,63 @@ __all__ = ["Ledger", "Row"]
 
 
 @dataclass
+class _Block:
+    """One block of a row: its number, its masks, and the counts of its passes (without a schedule: its masks)."""
+
+    number: int
+    masks: int
+    counts: list[int]
+
+
+@dataclass
 class Row:
     """One row that is not complete.
 
     Attributes:
         number: The row's place in the batch.
-        blocks: Per block that holds masks, the counts of its passes (without a schedule: its masks).
-        masks: Per block, its masks.
-        left: Masks left in the current block.
+        left: Masks that may be decided now.
         step: Passes done in the current block.
         passes: Passes done in all.
+        mended: Passes done in the current block since its last mask was decided.
     """
 
     number: int
-    blocks: list[list[int]]
-    masks: list[int]
-    left: int = 0
+    blocks: list[_Block]
+    left: int
     step: int = 0
     passes: int = 0
+    mended: int = 0
+
+    @property
+    def block(self) -> int:
+        """Number of the current block."""
+        return self.blocks[0].number
 
     @property
     def quota(self) -> int:
         """Slots to decide in the next pass."""
-        return self.blocks[0][min(self.step, self.steps - 1)]
+        return min(self.blocks[0].counts[min(self.step, self.steps - 1)], self.left)
 
     @property
     def steps(self) -> int:
         """Passes the schedule has for the current block."""
-        return len(self.blocks[0])
+        return len(self.blocks[0].counts)
+
+    def book(self, taken: int, *, mending: bool, by_steps: bool) -> bool:
+        """Book a pass; returns whether it finished the block."""
+        self.left -= taken
+        self.step += 1
+        self.passes += 1
+        self.mended = self.mended + 1 if mending and self.left == 0 else 0
+        finished = self.step >= self.steps if by_steps else self.left == 0 and not mending
+        if finished:
+            self.advance()
+        return finished
+
+    def advance(self) -> None:
+        """Start the next block."""
+        self.blocks, self.step, self.mended = self.blocks[1:], 0, 0
+        self.left += self.blocks[0].masks if self.blocks else 0
 
 
 @dataclass
@@ -56,26 +85,28 @@ class Ledger:
     Attributes:
         rows: These, in batch order.
         scheduled: Whether there is a schedule.
+        by_steps: Whether a block ends with its last scheduled pass, masks left or not (published behaviour), instead
+            of with its last mask.
         total: Passes of the whole run if the schedule alone decides, else None.
     """
 
     rows: list[Row] = field(default_factory=list)
     scheduled: bool = False
+    by_steps: bool = False
     total: int | None = None
 
     @classmethod
     def open(cls, canvas: Canvas, numbers: Int[Tensor, "B T"], schedule: Schedule | None, *, counted: bool) -> Ledger:
         """Count the masks of every block (the one place that always waits for the device)."""
-        most = int(numbers.max()) + 1
-        table = torch.zeros(len(canvas), most, dtype=torch.long, device=numbers.device)
-        table.scatter_add_(1, numbers.clamp(min=0), canvas.undecided.long())
         rows = []
-        for number, sizes in enumerate(table.tolist()):
-            masks = [n for n in sizes if n]
+        for number, (before, *sizes) in enumerate(_table(canvas, numbers)):
+            masks = {k: n for k, n in enumerate(sizes) if n}
             if masks:
-                rows.append(Row(number, _counts(masks, schedule), masks, left=masks[0]))
-        total = max((sum(map(len, r.blocks)) for r in rows), default=0) if counted else None
-        return cls(rows, schedule is not None, total)
+                counts = _counts(list(masks.values()), schedule)
+                blocks = [_Block(k, n, c) for (k, n), c in zip(masks.items(), counts, strict=True)]
+                rows.append(Row(number, blocks, left=before + blocks[0].masks))
+        total = max((sum(len(b.counts) for b in r.blocks) for r in rows), default=0) if counted else None
+        return cls(rows, schedule is not None, getattr(schedule, "published", False), total)
 
     @property
     def numbers(self) -> list[int]:
@@ -83,47 +114,38 @@ class Ledger:
         return [r.number for r in self.rows]
 
     @property
-    def left(self) -> list[int]:
-        """Masks left in each row's current block."""
-        return [r.left for r in self.rows]
+    def in_step(self) -> bool:
+        """Whether all rows have the same passes before them."""
+        return all([b.counts for b in r.blocks] == [b.counts for b in self.rows[0].blocks] for r in self.rows)
 
-    @property
-    def quotas(self) -> list[int]:
-        """Slots each row decides in the next pass (without a schedule: all that are left)."""
-        return [min(r.quota, r.left) for r in self.rows]
+    def recount(self, canvas: Canvas, numbers: Int[Tensor, "B T"]) -> None:
+        """Read off the canvas what is left, after slots were closed by something else than a selector."""
+        table = _table(canvas, numbers)
+        for row in self.rows:
+            masks = table[row.number]
+            for block in row.blocks:
+                block.masks = masks[block.number + 1]
+            current = row.block if row.blocks else len(masks)
+            row.blocks = [b for b in row.blocks if b.masks or (b.number == current and row.mended)]
+            if row.blocks and row.block != current:
+                row.step = 0
+            row.left = sum(masks[: row.block + 2]) if row.blocks else 0
 
-    @property
-    def step(self) -> list[int]:
-        """Passes each row has done in its block."""
-        return [r.step for r in self.rows]
-
-    @property
-    def steps(self) -> list[int]:
-        """Passes the schedule has for each row's block."""
-        return [r.steps if self.scheduled else r.step + 1 for r in self.rows]
-
-    def advance(self, taken: Sequence[int]) -> list[bool]:
-        """Book a pass; returns which rows have finished their block in it."""
-        finished = []
-        for row, n in zip(self.rows, taken, strict=True):
-            row.left -= n
-            row.step += 1
-            row.passes += 1
-            finished.append(row.left == 0)
-            if row.left == 0:
-                row.blocks, row.masks, row.step = row.blocks[1:], row.masks[1:], 0
-                row.left = row.masks[0] if row.masks else 0
-        return finished
-
-    def close(self, ended: Sequence[bool]) -> bool:
-        """Drop rows that are complete or ``ended``; returns whether any was."""
-        kept = [r for r, end in zip(self.rows, ended, strict=True) if r.left and not end]
+    def close(self) -> bool:
+        """Drop rows that are complete; returns whether any was."""
+        kept = [r for r in self.rows if r.blocks]
         changed = len(kept) != len(self.rows)
         self.rows = kept
         return changed
 
 
-def _counts(masks: list[int], schedule: Schedule | None) -> list[list[int]]:
+def _table(canvas: Canvas, numbers: Int[Tensor, "B T"]) -> list[list[int]]:
+    """Per row, the masks of no block and of blocks 0, 1, 2, ..."""
+    table = torch.zeros(len(canvas), int(numbers.max()) + 2, dtype=torch.long, device=numbers.device)
+    return table.scatter_add_(1, numbers + 1, canvas.undecided.long()).tolist()
+
+
+def _counts(masks: Sequence[int], schedule: Schedule | None) -> list[list[int]]:
     if schedule is None:
         return [[n] for n in masks]
     shares = masks if schedule.steps is None else share_steps(schedule.steps, len(masks))

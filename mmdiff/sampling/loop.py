@@ -1,11 +1,13 @@
 """The one decoding loop: masks become tokens, pass by pass.
 
 Everything that can differ is a part: which slots are open (blocks), how many are decided (schedule), which ones
-(selector), by which token (sampler), from which reading of the canvas (guidance), with which classes excluded
-(constraint), and when a row stops early (exit). With every part at its default this is LLaDA's published sampler.
+(selector), by which token (sampler), from which reading of the canvas (guidance), what of the network's work is kept
+from pass to pass (cache), with which classes excluded (constraint), and when a row stops early (exit). With every part
+at its default this is LLaDA's published sampler.
 
-Rows never wait for each other: each has its own block, its own pass count and its own draws, and leaves the batch
-when it is complete. What a row holds at the end does not depend on the rows beside it.
+Each row has its own block, its own pass count and its own draws, and leaves the batch when it is complete. Rows that
+compute different slots take turns, others never wait. What a row holds at the end does not depend on the rows beside
+it.
 """
 
 from __future__ import annotations
@@ -22,15 +24,18 @@ from torch import Tensor
 from mmdiff import rng
 from mmdiff.errors import ConfigError
 from mmdiff.sampling.blocks import Blocks, Whole, window
+from mmdiff.sampling.caches import Cache
 from mmdiff.sampling.canvas import Backbone, Canvas, as_backbone, layout
-from mmdiff.sampling.constraints import Constraint, exclude, restrict_range
+from mmdiff.sampling.constraints import Constraint, restrict_range, without
 from mmdiff.sampling.exits import Exit
 from mmdiff.sampling.guidance import Guidance
-from mmdiff.sampling.ledger import Ledger
-from mmdiff.sampling.samplers import Draw, Greedy, Proposal, Sampler
+from mmdiff.sampling.ledger import Ledger, Row
+from mmdiff.sampling.proposal import Proposal
+from mmdiff.sampling.reading import Reader
+from mmdiff.sampling.samplers import Draw, Greedy, Sampler
 from mmdiff.sampling.schedules import Linear, Schedule
 from mmdiff.sampling.selectors import Factor, Quota, Selector, Threshold, TopConfidence, Turn
-from mmdiff.sampling.trace import Account, Decoded, Step
+from mmdiff.sampling.trace import Account, Decoded, Drift, Pass, Step
 
 __all__ = ["Sources", "decode", "steps"]
 
@@ -47,6 +52,7 @@ def decode(
     schedule: Schedule | None = None,
     selector: Selector | Quota | None = None,
     sampler: Sampler | None = None,
+    cache: Cache | None = None,
     exit: Exit | None = None,  # noqa: A002
     guidance: Guidance | None = None,
     constraint: Constraint | None = None,
@@ -64,6 +70,7 @@ def decode(
         schedule: How many slots are decided per pass. Default with no selector: one slot per pass.
         selector: Which slots are decided; default `TopConfidence`. `Quota` gives both.
         sampler: Which token a slot takes; default `Greedy`.
+        cache: What is not recomputed in every pass; default none, everything is.
         exit: When a row ends early; default never.
         guidance: Default none.
         constraint: Excluded classes; default none.
@@ -83,6 +90,7 @@ def decode(
         schedule=schedule,
         selector=selector,
         sampler=sampler,
+        cache=cache,
         exit=exit,
         guidance=guidance,
         constraint=constraint,
@@ -97,7 +105,6 @@ def decode(
             callback(step)
 
 
-@torch.no_grad()
 def steps(
     model: Any,
     prompt: Sequence[Sequence[int]] | Tensor | None = None,
@@ -108,6 +115,7 @@ def steps(
     schedule: Schedule | None = None,
     selector: Selector | Quota | None = None,
     sampler: Sampler | None = None,
+    cache: Cache | None = None,
     exit: Exit | None = None,  # noqa: A002
     guidance: Guidance | None = None,
     constraint: Constraint | None = None,
@@ -118,30 +126,40 @@ def steps(
     Arguments and errors as in `decode`.
     """
     backbone = as_backbone(model)
-    full = _rows(backbone, model, prompt, length, canvas)
     schedule, selector = _who_decides(schedule, selector)
-    one_pass = _Pass(backbone, selector, sampler or Greedy(), guidance, constraint or Constraint())
-    sources = _sources(generators, len(full))
+    published = getattr(schedule, "published", False)
+    full = _rows(backbone, model, prompt, length, canvas, published)
     numbers = (blocks or Whole()).assign(full)
     ledger = Ledger.open(full, numbers, schedule, counted=selector.counts)
-    account, changed = Account(full), True
+    reader = Reader(backbone, guidance, cache, full, numbers)
+    one_pass = _Pass(reader, selector, sampler or Greedy(), constraint or Constraint(), schedule is not None, published)
+    sources = _sources(generators, len(full))
+    account = Account(full)
+    total = ledger.total if cache is None or ledger.in_step else None
+    here: list[int] = []
     while ledger.rows:
-        if changed:
-            rows = ledger.numbers
-            here = torch.tensor(rows, device=full.tokens.device)
-            work, block = full.select(here), numbers[here]
-        draw = Draw(_pick(sources, rows), ledger.left, max(ledger.left), full.tokens.device)
-        taken = one_pass(work, window(work, block), ledger, draw, account.nfe)
+        rows, whole = reader.group(ledger.rows)
+        if here != (here := [r.number for r in rows]):
+            place = torch.tensor(here, device=full.tokens.device)
+            work, block = full.select(place), numbers[place]
+        left = [r.left for r in rows]
+        draw = Draw(_pick(sources, here), left, max(left), full.tokens.device)
+        current = _tensor([r.block for r in rows], full.tokens.device)
+        taken, cost, drift = one_pass(work, window(work, block, current), rows, whole, draw, account.nfe)
+        account.book(here, place, taken, cost, drift)
         # A selector that only counts needs no look at the device.
-        decided = ledger.quotas if selector.counts else taken.tolist()
-        if 0 in decided:
+        decided = [r.quota for r in rows] if selector.counts and not published else taken.tolist()
+        if 0 in decided and not published:
             raise RuntimeError(f"{type(selector).__name__} decided nothing in a row: it would never end")
-        finished = ledger.advance(decided)
-        ended = _leave_early(exit, work, finished, account.nfe)
-        account.book(rows, here, taken, draw.width, one_pass.branches)
-        full.put(here, work)
-        changed = ledger.close(ended)
-        yield Step(account.nfe - 1, full, ledger.total)
+        finished = [r.book(n, mending=False, by_steps=published) for r, n in zip(rows, decided, strict=True)]
+        full.put(place, work)
+        if exit is not None and any(finished):
+            exit.fill(work, _tensor(finished, place.device), account.nfe - 1)
+            full.put(place, work)
+            ledger.recount(full, numbers)
+        if ledger.close() and ledger.rows:
+            reader.keep(ledger.numbers)
+        yield Step(account.nfe - 1, full, total)
     return Decoded(full.tokens[:, full.start :], full, account.close(full))
 
 
@@ -149,45 +167,61 @@ def steps(
 class _Pass:
     """One forward pass and the decisions it leads to."""
 
-    backbone: Backbone
+    reader: Reader
     selector: Selector
     sampler: Sampler
-    guidance: Guidance | None
     constraint: Constraint
+    scheduled: bool
+    published: bool
 
-    @property
-    def branches(self) -> int:
-        return 1 if self.guidance is None else self.guidance.branches
-
+    @torch.no_grad()
     def __call__(
-        self, canvas: Canvas, open_slots: Bool[Tensor, "B T"], ledger: Ledger, draw: Draw, number: int
-    ) -> Int[Tensor, "B"]:
-        """Decide slots of ``canvas`` in place; returns how many in each row."""
+        self, canvas: Canvas, open_slots: Bool[Tensor, "B T"], rows: list[Row], whole: bool, draw: Draw, number: int
+    ) -> tuple[Int[Tensor, "B"], Pass, Drift | None]:
+        """Decide slots of ``canvas`` in place; returns how many in each row, the cost, and the drift if watched."""
         # Candidates stand first, in slot order; further columns of a row that has fewer are never decided.
         index = open_slots.byte().argsort(dim=1, descending=True, stable=True)[:, : draw.width]
         candidates = open_slots.gather(1, index)
-        proposal = self.propose(canvas, index, draw)
-        quota = _tensor(ledger.quotas, index.device) if ledger.scheduled else None
-        turn = Turn(quota, ledger.step, ledger.steps, draw, canvas.tokens.shape[1])
-        commit = candidates & self.selector.select(proposal, candidates, turn)
+        # Slots that are no candidates may be none that this pass computes: the first candidate is read in their place.
+        read = torch.where(candidates, index, index[:, :1])
+        logits, cost, drift = self.reader.read(canvas, rows, whole, read, candidates)
+        proposal = self.propose(logits, canvas, index, draw)
+        commit = candidates & self.selector.select(proposal, candidates, self._turn(rows, draw, canvas))
+        if self.published:
+            commit &= proposal.tokens != self.reader.backbone.mask_id
         canvas.write(index, commit, proposal.tokens, number)
-        return commit.sum(1)
+        return commit.sum(1), cost, drift
 
-    def propose(self, canvas: Canvas, index: Int[Tensor, "B q"], draw: Draw) -> Proposal:
-        """Read the canvas and choose a token for every slot of ``index``."""
-        if self.guidance is None:
-            logits = self.backbone.forward(canvas, index)
-        else:
-            logits = self.guidance.logits(self.backbone, canvas, index)
-        offset = self.backbone.offset
+    def _turn(self, rows: list[Row], draw: Draw, canvas: Canvas) -> Turn:
+        quota = _tensor([r.quota for r in rows], canvas.tokens.device) if self.scheduled else None
+        steps = [r.steps if self.scheduled else r.step + 1 for r in rows]
+        return Turn(quota, [r.step for r in rows], steps, draw, canvas.undecided)
+
+    def propose(self, logits: Tensor, canvas: Canvas, index: Int[Tensor, "B q"], draw: Draw) -> Proposal:
+        """Choose a token for every slot of ``index``; the logits are worked on in place."""
+        offset = self.reader.backbone.offset
         logits = restrict_range(logits.to(self.sampler.dtype), canvas, index, offset)
-        logits = self.constraint.restrict(logits, offset)
+        self.constraint.restrict(logits, offset)
         # The mask class counts in the confidence, as published, but is never chosen: it would never be decided.
-        classes = self.sampler.choose(exclude(logits, (self.backbone.mask_id,), offset), draw)
-        return Proposal(classes + offset, classes, self.constraint.rescore(logits, offset), index)
+        hidden = () if self.published else (self.reader.backbone.mask_id,)
+        with without(logits, hidden, offset):
+            classes = self.sampler.choose(logits, draw)
+        self.constraint.rescore(logits, offset)
+        return Proposal(classes + offset, classes, logits, index)
 
 
-def _rows(backbone: Backbone, model: Any, prompt: Any, length: int | None, canvas: Canvas | None) -> Canvas:
+def _rows(
+    backbone: Backbone, model: Any, prompt: Any, length: int | None, canvas: Canvas | None, published: bool
+) -> Canvas:
+    """The rows to work on, a copy; in the published loop every mask id is open, wherever it stands."""
+    rows = _laid_out(backbone, model, prompt, length, canvas)
+    if not published:
+        return rows
+    masks = (rows.tokens == backbone.mask_id) & rows.valid
+    return dataclasses.replace(rows, undecided=masks, frozen=~masks, droppable=rows.droppable & ~masks)
+
+
+def _laid_out(backbone: Backbone, model: Any, prompt: Any, length: int | None, canvas: Canvas | None) -> Canvas:
     if (canvas is None) == (prompt is None) or (length is None) == (canvas is None):
         raise ConfigError("give either canvas, or prompt and length")
     if canvas is not None:
@@ -228,13 +262,6 @@ def _sources(generators: Sources | None, rows: int) -> Sources | None:
 
 def _pick(sources: Any, rows: list[int]) -> Any:
     return [sources[r] for r in rows] if isinstance(sources, Sequence) else sources
-
-
-def _leave_early(rule: Exit | None, canvas: Canvas, finished: list[bool], number: int) -> list[bool]:
-    if rule is None or not any(finished):
-        return [False] * len(finished)
-    rule.fill(canvas, _tensor(finished, canvas.tokens.device), number)
-    return (~canvas.undecided.any(1)).tolist()
 
 
 def _tensor(values: Any, device: torch.device) -> Tensor:

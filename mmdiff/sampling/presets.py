@@ -64,6 +64,7 @@ def text_parts(
     cfg_scale: float | None = None,
     remasking: str | None = None,
     forbid: tuple[int, ...] = (),
+    postpone: tuple[int, ...] = (),
 ) -> Parts:
     """Parts for text.
 
@@ -82,7 +83,9 @@ def text_parts(
         guidance: Weight of the prompt; 1 = none.
         cfg_scale: Alias: guidance - 1.
         remasking: ``low_confidence`` or ``random``: which tokens wait (excludes ``threshold``).
-        forbid: Ids that are never generated.
+        forbid: Ids that are never generated (LLaDA's ``logits_eos_inf``).
+        postpone: Ids that are decided last (LLaDA's ``confidence_eos_eot_inf``). The published code, and so
+            ``compat="reference"``, forgets end of text, ``end_ids[0]``, when it draws at a temperature.
 
     Raises:
         ConfigError: A value out of range, or words that contradict each other.
@@ -97,6 +100,8 @@ def text_parts(
     if reference:
         preset = "exact"
         _check_divides(gen_length, block, steps)
+        if temperature > 0:
+            postpone = tuple(i for i in postpone if i != end_ids[0])
     schedule, selector = _text_order(preset, threshold, steps, remasking, reference)
     return Parts(
         blocks=Fixed(block),
@@ -105,7 +110,7 @@ def text_parts(
         sampler=_sampler(temperature, top_k, top_p, reference),
         exit=None if preset == "exact" else Eos(end_ids),
         guidance=None if scale in (None, 1) else Cfg(scale),
-        constraint=Constraint(forbid=forbid) if forbid else None,
+        constraint=Constraint(forbid, postpone) if forbid or postpone else None,
     )
 
 
@@ -207,7 +212,9 @@ def _text_order(
     if preset == "exact" or steps is not None or remasking is not None:
         if threshold is not None:
             return None, Threshold(threshold)
-        return Linear(steps), Random() if remasking == "random" else TopConfidence(published_ties=reference)
+        return Linear(steps, published=reference), Random() if remasking == "random" else TopConfidence(
+            published_ties=reference
+        )
     return None, Threshold(_THRESHOLD[preset] if threshold is None else threshold)
 
 

@@ -1,74 +1,23 @@
-"""Samplers: which token a slot would take, and how sure the network is.
+"""Samplers: which token a slot would take.
 
-`Proposal` holds the choice with its statistics, computed when a selector asks. Scores are float32, or float64 where
-the sampler says so. Draws come from one source per row, and a row draws only for its own candidates: its numbers do
-not depend on the rest of the batch.
+Draws come from one source per row, and a row draws only for its own candidates: its numbers do not depend on the rest
+of the batch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn import functional as F
 
 from mmdiff import rng
 from mmdiff.errors import ConfigError
 
-__all__ = ["Draw", "Greedy", "Gumbel", "Multinomial", "Proposal", "Sampler", "keep_likely"]
-
-
-@dataclass(frozen=True)
-class Proposal:
-    """What the network proposes for the q slots of a pass.
-
-    Attributes:
-        tokens: Int64 [B, q]; the chosen ids.
-        classes: Int64 [B, q]; the same as columns of ``logits``.
-        logits: Float [B, q, V]; untempered, excluded classes at -inf, the mask class included.
-        index: Int64 [B, q]; the slots of the canvas.
-    """
-
-    tokens: Int[Tensor, "B q"]
-    classes: Int[Tensor, "B q"]
-    logits: Float[Tensor, "B q V"]
-    index: Int[Tensor, "B q"]
-
-    @cached_property
-    def score(self) -> Float[Tensor, "B q"]:
-        """Log-odds of the chosen class: the order of its probability, without float32's ties near probability 1."""
-        chosen = self.classes[..., None]
-        others = self.logits.scatter(-1, chosen, -torch.inf).logsumexp(-1)
-        return (self.logits.gather(-1, chosen)[..., 0] - others).nan_to_num(nan=-torch.inf, posinf=torch.inf)
-
-    @cached_property
-    def confidence(self) -> Float[Tensor, "B q"]:
-        """Probability of the chosen class."""
-        return self.score.sigmoid()
-
-    @cached_property
-    def log_prob(self) -> Float[Tensor, "B q"]:
-        """Log-probability of the chosen class."""
-        return F.logsigmoid(self.score)
-
-    @cached_property
-    def margin(self) -> Float[Tensor, "B q"]:
-        """Largest minus second largest probability; 1 if only one class is allowed."""
-        if self.logits.shape[-1] == 1:
-            return torch.ones_like(self.score)
-        top = self.logits.softmax(-1).topk(2, dim=-1).values
-        return top[..., 0] - top[..., 1]
-
-    @cached_property
-    def entropy(self) -> Float[Tensor, "B q"]:
-        """Entropy of the distribution, nats."""
-        log_p = self.logits.log_softmax(-1)
-        return -(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0)).sum(-1)
+__all__ = ["Draw", "Greedy", "Gumbel", "Multinomial", "Sampler", "keep_likely"]
 
 
 class Draw:

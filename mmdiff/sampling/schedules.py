@@ -27,7 +27,7 @@ class Schedule(Protocol):
         ...
 
     def counts(self, masks: int, steps: int) -> list[int]:
-        """Slots to decide in each pass: positive numbers that sum to ``masks``, at most ``steps`` of them."""
+        """Slots to decide in each pass: numbers that sum to ``masks``, at most ``steps`` of them."""
         ...
 
 
@@ -37,16 +37,20 @@ class Linear:
 
     Attributes:
         steps: Passes of the whole run; None = one slot per pass.
+        published: As the published loop does: every block takes exactly its passes, idle ones too; the mask class may
+            be chosen, which leaves the slot open and uses its turn up; mask ids inside the prompt are open in every
+            block. So masks may be left at the end. False: only slots laid out for it are open, all get decided.
 
     Source: LLaDA (arXiv 2502.09992), published sampler.
     """
 
     steps: int | None = None
+    published: bool = False
 
     def counts(self, masks: int, steps: int) -> list[int]:
-        """floor(n/s), and one more in the first n mod s steps."""
+        """floor(n/s), and one more in the first n mod s steps; steps that decide nothing are left out."""
         share, rest = divmod(masks, steps)
-        return [n for n in (share + (j < rest) for j in range(steps)) if n]
+        return [n for n in (share + (j < rest) for j in range(steps)) if n or self.published]
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mmdiff.errors import ConfigError
-from mmdiff.sampling.samplers import Draw, Proposal
+from mmdiff.sampling.proposal import Proposal
+from mmdiff.sampling.samplers import Draw
 from mmdiff.sampling.schedules import Linear
 
 __all__ = [
@@ -44,14 +45,14 @@ class Turn:
         step: Per row the number of the pass within its block, from 0.
         steps: Per row the passes the schedule has for that block; ``step + 1`` without a schedule.
         draw: Uniform numbers for the candidates.
-        width: T, slots of the canvas.
+        undecided: Bool [B, T]; the whole canvas before this pass.
     """
 
     quota: Int[Tensor, "B"] | None
     step: Sequence[int]
     steps: Sequence[int]
     draw: Draw
-    width: int
+    undecided: Bool[Tensor, "B T"]
 
     @property
     def need(self) -> Int[Tensor, "B"]:
@@ -191,10 +192,15 @@ class Factor:
     If each of n choices has probability 1 - e and (n+1) e <= 1, deciding them together equals deciding them greedily
     one by one. The best one is always taken.
 
-    Source: Fast-dLLM (arXiv 2505.22618), without the published code's acceptance of a failing last rank.
+    Attributes:
+        factor: Above 0; larger decides more.
+        published: As the published code: if the last rank is the only one that fails, it is taken as well.
+
+    Source: Fast-dLLM (arXiv 2505.22618).
     """
 
     factor: float = 1.0
+    published: bool = False
     counts = False
 
     def select(self, proposal: Proposal, candidates: Bool[Tensor, "B q"], turn: Turn) -> Bool[Tensor, "B q"]:
@@ -203,9 +209,12 @@ class Factor:
         by_rank = rank.argsort(1)
         confidence = proposal.confidence.gather(1, by_rank)
         n = torch.arange(1, rank.shape[1] + 1, device=rank.device)
-        passes = confidence >= 1 - self.factor / (n + 1)
-        passes[:, 0] = True
-        return candidates & passes.long().cumprod(1).bool().gather(1, rank)
+        passes = (confidence >= 1 - self.factor / (n + 1)).long()
+        passes[:, 0] = 1
+        number, last = passes.cumprod(1).sum(1), candidates.sum(1) - 1
+        if self.published:
+            number = torch.where(number >= last, last + 1, number)
+        return candidates & (rank < number[:, None])
 
 
 @dataclass(frozen=True)
@@ -230,7 +239,7 @@ def _rank(score: Float[Tensor, "B q"], candidates: Bool[Tensor, "B q"]) -> Int[T
 
 def _topk_over_rows(proposal: Proposal, candidates: Bool[Tensor, "B q"], turn: Turn) -> Bool[Tensor, "B q"]:
     key = proposal.confidence.masked_fill(~candidates, -torch.inf)
-    rows = key.new_full((len(key), turn.width), -torch.inf).scatter_(1, proposal.index, key)
+    rows = key.new_full(turn.undecided.shape, -torch.inf).scatter_(1, proposal.index, key)
     chosen = torch.zeros_like(rows, dtype=torch.bool)
     for row, quota, out in zip(rows, turn.need.tolist(), chosen, strict=True):
         out[row.topk(quota).indices] = True

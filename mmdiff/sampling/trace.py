@@ -5,12 +5,50 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mmdiff.sampling.canvas import Canvas
 
-__all__ = ["Account", "Decoded", "Step", "Trace"]
+__all__ = ["Account", "Decoded", "Drift", "Pass", "Step", "Trace"]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """The cost of one forward pass.
+
+    Attributes:
+        rows: Rows; a guided row counts once per branch.
+        computed: Slots per row that went through the network.
+        slots: Slots per row that could be attended.
+        read: Slots per row that went through the head.
+    """
+
+    rows: int
+    computed: int
+    slots: int
+    read: int
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How far the logits of a cached pass are from those of a full pass on the same canvas.
+
+    Attributes:
+        largest: Scalar; largest difference over the open slots and all classes.
+        mean: Scalar; mean difference.
+        flips: Scalar; share of open slots whose most probable class differs.
+    """
+
+    largest: Float[Tensor, ""]
+    mean: Float[Tensor, ""]
+    flips: Float[Tensor, ""]
+
+    @classmethod
+    def between(cls, cached: Float[Tensor, "B q V"], full: Float[Tensor, "B q V"], open_: Bool[Tensor, "B q"]) -> Drift:
+        """Compare at the slots ``open_``."""
+        a, b = cached[open_].float(), full[open_].float()
+        return cls((a - b).abs().max(), (a - b).abs().mean(), (a.argmax(-1) != b.argmax(-1)).float().mean())
 
 
 @dataclass(frozen=True)
@@ -18,20 +56,38 @@ class Trace:
     """The cost of a run.
 
     Attributes:
-        nfe: Forward passes of the network.
-        row_passes: Rows summed over passes; a guided row counts twice.
-        query_slots: Slots through the head, summed over passes and rows.
+        passes: Every forward pass of the network.
         row_nfe: Passes in which each of the B rows took part.
         committed: Int64 [nfe, B]; slots that each pass decided in each row.
         order: Int32 [B, T]; number of the pass that wrote a slot, -1 where none did.
+        drift: By number of the pass, if the cache policy watches it.
     """
 
-    nfe: int
-    row_passes: int
-    query_slots: int
+    passes: tuple[Pass, ...]
     row_nfe: tuple[int, ...]
     committed: Int[Tensor, "S B"]
     order: Int[Tensor, "B T"]
+    drift: dict[int, Drift]
+
+    @property
+    def nfe(self) -> int:
+        """Forward passes of the network."""
+        return len(self.passes)
+
+    @property
+    def row_passes(self) -> int:
+        """Rows summed over passes."""
+        return sum(p.rows for p in self.passes)
+
+    @property
+    def query_slots(self) -> int:
+        """Slots through the network, summed over passes and rows."""
+        return sum(p.rows * p.computed for p in self.passes)
+
+    @property
+    def head_slots(self) -> int:
+        """Slots through the head, summed over passes and rows."""
+        return sum(p.rows * p.read for p in self.passes)
 
 
 @dataclass(frozen=True)
@@ -72,16 +128,23 @@ class Account:
     """
 
     def __init__(self, canvas: Canvas) -> None:
-        self.nfe = 0
-        self._row_passes = self._query_slots = 0
+        self._passes: list[Pass] = []
         self._row_nfe = [0] * len(canvas)
         self._committed: list[Tensor] = []
+        self._drift: dict[int, Drift] = {}
 
-    def book(self, rows: list[int], place: Int[Tensor, "b"], taken: Int[Tensor, "b"], q: int, branches: int) -> None:
-        """Book one pass over ``rows`` (also given as a tensor) of q slots each, which decided ``taken`` slots."""
-        self.nfe += 1
-        self._row_passes += len(rows) * branches
-        self._query_slots += len(rows) * branches * q
+    @property
+    def nfe(self) -> int:
+        """Passes so far."""
+        return len(self._passes)
+
+    def book(
+        self, rows: list[int], place: Int[Tensor, "b"], taken: Int[Tensor, "b"], cost: Pass, drift: Drift | None
+    ) -> None:
+        """Book one pass over ``rows`` (also given as a tensor), which decided ``taken`` slots."""
+        if drift is not None:
+            self._drift[self.nfe] = drift
+        self._passes.append(cost)
         for row in rows:
             self._row_nfe[row] += 1
         self._committed.append(torch.zeros(len(self._row_nfe), dtype=torch.long, device=taken.device))
@@ -91,10 +154,9 @@ class Account:
         """The finished record."""
         empty = torch.zeros(0, len(self._row_nfe), dtype=torch.long, device=canvas.tokens.device)
         return Trace(
-            nfe=self.nfe,
-            row_passes=self._row_passes,
-            query_slots=self._query_slots,
+            passes=tuple(self._passes),
             row_nfe=tuple(self._row_nfe),
             committed=torch.stack(self._committed) if self._committed else empty,
             order=canvas.order,
+            drift=self._drift,
         )

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from mmdiff import rng
 from mmdiff.errors import ConfigError
 from mmdiff.models.llada import Config, LLaDA
-from mmdiff.nn.attention import Store
+from mmdiff.nn.store import Store
 
 TINY = Config(
     vocab_size=37,
