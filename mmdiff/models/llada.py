@@ -22,7 +22,7 @@ from mmdiff.errors import ConfigError
 from mmdiff.models.base import PretrainedModule
 from mmdiff.nn.attention import Attention
 from mmdiff.nn.layers import RMSNorm, SwiGLU
-from mmdiff.nn.rope import tables
+from mmdiff.nn.rope import stretched, tables
 from mmdiff.nn.store import FeatureStore, Store, take
 
 __all__ = ["Config", "LLaDA"]
@@ -84,6 +84,15 @@ class Config:
     def with_depth(self, depth: int) -> Config:
         """The same network with ``depth`` blocks."""
         return dataclasses.replace(self, depth=depth)
+
+    def with_length(self, length: int) -> Config:
+        """The same network for sequences of ``length`` > ``max_length``: a larger rotary base, no other weights.
+
+        Source: UltraLLaDA (arXiv 2510.10481), before its further training.
+        """
+        head_dim = self.width // self.heads
+        theta = stretched(head_dim, self.rope_theta, 2 * self.max_length, 2 * length)[2]
+        return dataclasses.replace(self, max_length=length, rope_theta=theta)
 
 
 class Block(nn.Module):

@@ -1,4 +1,4 @@
-"""Rotary position embedding, half-split form: tables and rotation.
+"""Rotary position embedding, half-split form: tables, rotation, and the base for longer sequences.
 
 Source: RoFormer (arXiv 2104.09864); the half-split pairing (j, j + K/2) is that of LLaMA and of the published LLaDA
 checkpoints.
@@ -6,11 +6,13 @@ checkpoints.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-__all__ = ["rotate", "tables"]
+__all__ = ["rotate", "stretched", "tables"]
 
 
 def tables(
@@ -43,3 +45,25 @@ def rotate(
     y = x.to(cos.dtype)
     a, b = y.chunk(2, dim=-1)
     return torch.addcmul(y * cos, torch.cat((-b, a), dim=-1), sin).to(x.dtype)
+
+
+def stretched(head_dim: int, theta: float, trained: int, wanted: int) -> tuple[int, float, float]:
+    """The base that spreads positions over longer sequences, for attention that looks both ways.
+
+    A query sees offsets of both signs, so a model trained on sequences of length T has seen offsets over a range of
+    2 T: pass twice the lengths.
+
+    Args:
+        head_dim: K.
+        theta: Base the model was trained with.
+        trained: Range of offsets it was trained on.
+        wanted: Range of offsets it is to be used on.
+
+    Returns:
+        (critical dimension, scale, new base = scale * theta).
+
+    Source: UltraLLaDA (arXiv 2510.10481), diffusion-aware NTK rule.
+    """
+    critical = 2 * math.ceil(head_dim / 2 * math.log(trained / (2 * math.pi), theta))
+    scale = (wanted / (2 * math.pi)) ** (head_dim / critical) / theta
+    return critical, scale, theta * scale

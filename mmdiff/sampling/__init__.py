@@ -12,7 +12,7 @@ from mmdiff.sampling.guidance import Cfg
 from mmdiff.sampling.loop import decode, steps
 from mmdiff.sampling.proposal import Proposal
 from mmdiff.sampling.samplers import Greedy, Gumbel, Multinomial
-from mmdiff.sampling.schedules import Cosine, Linear, Shift
+from mmdiff.sampling.schedules import Cosine, Energy, Expected, Linear, Shift
 from mmdiff.sampling.selectors import (
     Entropy,
     Factor,
@@ -37,8 +37,10 @@ __all__ = [
     "DllmCache",
     "Drift",
     "Dual",
+    "Energy",
     "Entropy",
     "Eos",
+    "Expected",
     "Factor",
     "Fixed",
     "Greedy",

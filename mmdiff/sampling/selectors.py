@@ -155,11 +155,12 @@ class RandomTopK:
     def select(self, proposal: Proposal, candidates: Bool[Tensor, "B q"], turn: Turn) -> Bool[Tensor, "B q"]:
         """By log-probability with noise."""
         noise = -torch.log(-torch.log(turn.draw().clamp(1e-20, 1 - 1e-7)))
-        weights = [self.temperature * self._share(j, s) for j, s in zip(turn.step, turn.steps, strict=True)]
+        weights = [self.temperature * self.share(j, s) for j, s in zip(turn.step, turn.steps, strict=True)]
         weight = torch.tensor(weights, dtype=noise.dtype).to(noise.device, non_blocking=True)
         return best(proposal.log_prob + weight[:, None] * noise, candidates, turn.need)
 
-    def _share(self, step: int, steps: int) -> float:
+    def share(self, step: int, steps: int) -> float:
+        """Share of the noise that is left in step ``step`` of ``steps``."""
         if self.anneal == "constant":
             return 1.0
         first = 0 if self.anneal == "compound" else step
