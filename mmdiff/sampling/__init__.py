@@ -7,45 +7,62 @@ from mmdiff.sampling.blocks import Fixed, Whole
 from mmdiff.sampling.caches import Cache, DllmCache, Dual, Prefix
 from mmdiff.sampling.canvas import Backbone, Canvas, CodeBackbone, TextBackbone, layout
 from mmdiff.sampling.constraints import Constraint
-from mmdiff.sampling.exits import Eos
+from mmdiff.sampling.credit import Credit
+from mmdiff.sampling.editors import T2T, Remask
+from mmdiff.sampling.exits import Eos, Stop
 from mmdiff.sampling.guidance import Cfg
 from mmdiff.sampling.loop import decode, steps
 from mmdiff.sampling.proposal import Proposal
 from mmdiff.sampling.samplers import Greedy, Gumbel, Multinomial
 from mmdiff.sampling.schedules import Cosine, Energy, Expected, Linear, Shift
 from mmdiff.sampling.selectors import (
+    CertaintyDensity,
     Entropy,
-    Factor,
     Margin,
     Quota,
     Random,
     RandomTopK,
-    Threshold,
     TopConfidence,
+)
+from mmdiff.sampling.thresholds import (
+    EntropyBound,
+    EntropyThreshold,
+    Factor,
+    Hierarchy,
+    LocalLeap,
+    Threshold,
+    ThresholdOrQuota,
 )
 from mmdiff.sampling.trace import Decoded, Drift, Pass, Step, Trace
 
 __all__ = [
+    "T2T",
     "Backbone",
     "Cache",
     "Canvas",
+    "CertaintyDensity",
     "Cfg",
     "CodeBackbone",
     "Constraint",
     "Cosine",
+    "Credit",
     "Decoded",
     "DllmCache",
     "Drift",
     "Dual",
     "Energy",
     "Entropy",
+    "EntropyBound",
+    "EntropyThreshold",
     "Eos",
     "Expected",
     "Factor",
     "Fixed",
     "Greedy",
     "Gumbel",
+    "Hierarchy",
     "Linear",
+    "LocalLeap",
     "Margin",
     "Multinomial",
     "Pass",
@@ -54,10 +71,13 @@ __all__ = [
     "Quota",
     "Random",
     "RandomTopK",
+    "Remask",
     "Shift",
     "Step",
+    "Stop",
     "TextBackbone",
     "Threshold",
+    "ThresholdOrQuota",
     "TopConfidence",
     "Trace",
     "Whole",

@@ -38,6 +38,7 @@ class Canvas:
         given: Bool [B, T]; slots whose input is ``embeds`` instead of the embedding of ``tokens``.
         low: Int64 [B or 1, T]; smallest id a slot may take; None = any.
         high: Int64 [B or 1, T]; one more than the largest id; None = any.
+        end: Int64 [B]; first slot that does not count any more, as an exit rule found it; None = none has looked.
     """
 
     tokens: Int[Tensor, "B T"]
@@ -52,6 +53,7 @@ class Canvas:
     given: Bool[Tensor, "B T"] | None = None
     low: Int[Tensor, "#B T"] | None = None
     high: Int[Tensor, "#B T"] | None = None
+    end: Int[Tensor, "B"] | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -71,10 +73,20 @@ class Canvas:
         self.order.scatter_(1, index, self.order.gather(1, index).masked_fill(commit, step))
         self.undecided.scatter_(1, index, self.undecided.gather(1, index) & ~commit)
 
+    def reopen(self, index: Int[Tensor, "B q"], slots: Bool[Tensor, "B q"], mask_id: int) -> None:
+        """Make masks of the slots of ``index`` where ``slots``, in place."""
+        self.tokens.scatter_(1, index, self.tokens.gather(1, index).masked_fill(slots, mask_id))
+        self.order.scatter_(1, index, self.order.gather(1, index).masked_fill(slots, -1))
+        self.undecided.scatter_(1, index, self.undecided.gather(1, index) | slots)
+
     def put(self, rows: Int[Tensor, "b"], other: Canvas) -> None:
         """Write back what decoding changes, from a canvas made by `select` of the same rows."""
         for name in ("tokens", "undecided", "order"):
             getattr(self, name)[rows] = getattr(other, name)
+        if other.end is not None:
+            if self.end is None:
+                self.end = torch.full((len(self),), self.tokens.shape[1], device=other.end.device)
+            self.end[rows] = other.end
 
     def to(self, device: torch.device | str) -> Canvas:
         """A copy with every tensor on ``device``."""

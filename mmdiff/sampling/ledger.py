@@ -20,9 +20,13 @@ __all__ = ["Ledger", "Row"]
 
 @dataclass
 class _Block:
-    """One block of a row: its number, its masks, and the counts of its passes (without a schedule: its masks)."""
+    """One block of a row: its number, its slots, the masks among them, and the counts of its passes.
+
+    Without a schedule the one count is the number of masks.
+    """
 
     number: int
+    slots: int
     masks: int
     counts: list[int]
 
@@ -36,7 +40,7 @@ class Row:
         left: Masks that may be decided now.
         step: Passes done in the current block.
         passes: Passes done in all.
-        mended: Passes done in the current block since its last mask was decided.
+        mended: Passes done in the current block that began without masks.
     """
 
     number: int
@@ -61,17 +65,6 @@ class Row:
         """Passes the schedule has for the current block."""
         return len(self.blocks[0].counts)
 
-    def book(self, taken: int, *, mending: bool, by_steps: bool) -> bool:
-        """Book a pass; returns whether it finished the block."""
-        self.left -= taken
-        self.step += 1
-        self.passes += 1
-        self.mended = self.mended + 1 if mending and self.left == 0 else 0
-        finished = self.step >= self.steps if by_steps else self.left == 0 and not mending
-        if finished:
-            self.advance()
-        return finished
-
     def advance(self) -> None:
         """Start the next block."""
         self.blocks, self.step, self.mended = self.blocks[1:], 0, 0
@@ -85,14 +78,15 @@ class Ledger:
     Attributes:
         rows: These, in batch order.
         scheduled: Whether there is a schedule.
-        by_steps: Whether a block ends with its last scheduled pass, masks left or not (published behaviour), instead
-            of with its last mask.
+        by_steps: Whether a block ends with its last scheduled pass, masks left or not (published behaviour).
+        by_masks: Whether a block ends with its last mask.
         total: Passes of the whole run if the schedule alone decides, else None.
     """
 
     rows: list[Row] = field(default_factory=list)
     scheduled: bool = False
     by_steps: bool = False
+    by_masks: bool = True
     total: int | None = None
 
     @classmethod
@@ -103,10 +97,11 @@ class Ledger:
             masks = {k: n for k, n in enumerate(sizes) if n}
             if masks:
                 counts = _counts(list(masks.values()), schedule)
-                blocks = [_Block(k, n, c) for (k, n), c in zip(masks.items(), counts, strict=True)]
+                blocks = [_Block(k, n, n, c) for (k, n), c in zip(masks.items(), counts, strict=True)]
                 rows.append(Row(number, blocks, left=before + blocks[0].masks))
         total = max((sum(len(b.counts) for b in r.blocks) for r in rows), default=0) if counted else None
-        return cls(rows, schedule is not None, getattr(schedule, "published", False), total)
+        published = getattr(schedule, "published", False)
+        return cls(rows, schedule is not None, published, not (published and getattr(schedule, "idle", False)), total)
 
     @property
     def numbers(self) -> list[int]:
@@ -118,6 +113,25 @@ class Ledger:
         """Whether all rows have the same passes before them."""
         return all([b.counts for b in r.blocks] == [b.counts for b in self.rows[0].blocks] for r in self.rows)
 
+    def book(self, row: Row, taken: int, *, mending: bool, patience: int) -> bool:
+        """Book a pass of a row; returns whether it finished the row's block.
+
+        Args:
+            row: The row.
+            taken: Slots decided, less those opened again.
+            mending: Whether a slot that had been decided was changed.
+            patience: Passes without masks that a block may take as long as they mend.
+        """
+        row.mended += row.left == 0
+        row.left -= taken
+        row.step += 1
+        row.passes += 1
+        whole = row.left == 0 and not (mending and row.mended <= patience)
+        finished = (self.by_masks and whole) or (self.by_steps and row.step >= row.steps)
+        if finished:
+            row.advance()
+        return finished
+
     def recount(self, canvas: Canvas, numbers: Int[Tensor, "B T"]) -> None:
         """Read off the canvas what is left, after slots were closed by something else than a selector."""
         table = _table(canvas, numbers)
@@ -126,7 +140,7 @@ class Ledger:
             for block in row.blocks:
                 block.masks = masks[block.number + 1]
             current = row.block if row.blocks else len(masks)
-            row.blocks = [b for b in row.blocks if b.masks or (b.number == current and row.mended)]
+            row.blocks = [b for b in row.blocks if b.masks or (b.number == current and row.step and not row.left)]
             if row.blocks and row.block != current:
                 row.step = 0
             row.left = sum(masks[: row.block + 2]) if row.blocks else 0

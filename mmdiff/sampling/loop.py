@@ -1,9 +1,9 @@
 """The one decoding loop: masks become tokens, pass by pass.
 
 Everything that can differ is a part: which slots are open (blocks), how many are decided (schedule), which ones
-(selector), by which token (sampler), from which reading of the canvas (guidance), what of the network's work is kept
-from pass to pass (cache), with which classes excluded (constraint), and when a row stops early (exit). With every part
-at its default this is LLaDA's published sampler.
+(selector), by which token (sampler), what is taken back (editor), from which reading of the canvas (guidance), what of
+the network's work is kept from pass to pass (cache), with which classes excluded (constraint), and when a row stops
+early (exit). With every part at its default this is LLaDA's published sampler.
 
 Each row has its own block, its own pass count and its own draws, and leaves the batch when it is complete. Rows that
 compute different slots take turns, others never wait. What a row holds at the end does not depend on the rows beside
@@ -27,6 +27,7 @@ from mmdiff.sampling.blocks import Blocks, Whole, window
 from mmdiff.sampling.caches import Cache
 from mmdiff.sampling.canvas import Backbone, Canvas, as_backbone, layout
 from mmdiff.sampling.constraints import Constraint, restrict_range, without
+from mmdiff.sampling.editors import Editor
 from mmdiff.sampling.exits import Exit
 from mmdiff.sampling.guidance import Guidance
 from mmdiff.sampling.ledger import Ledger, Row
@@ -34,7 +35,8 @@ from mmdiff.sampling.proposal import Proposal
 from mmdiff.sampling.reading import Reader
 from mmdiff.sampling.samplers import Draw, Greedy, Sampler
 from mmdiff.sampling.schedules import Linear, Schedule
-from mmdiff.sampling.selectors import Factor, Quota, Selector, Threshold, TopConfidence, Turn
+from mmdiff.sampling.selectors import Quota, Selector, TopConfidence, Turn
+from mmdiff.sampling.thresholds import Factor, Threshold
 from mmdiff.sampling.trace import Account, Decoded, Drift, Pass, Step
 
 __all__ = ["Sources", "decode", "steps"]
@@ -52,6 +54,7 @@ def decode(
     schedule: Schedule | None = None,
     selector: Selector | Quota | None = None,
     sampler: Sampler | None = None,
+    editor: Editor | None = None,
     cache: Cache | None = None,
     exit: Exit | None = None,  # noqa: A002
     guidance: Guidance | None = None,
@@ -70,6 +73,7 @@ def decode(
         schedule: How many slots are decided per pass. Default with no selector: one slot per pass.
         selector: Which slots are decided; default `TopConfidence`. `Quota` gives both.
         sampler: Which token a slot takes; default `Greedy`.
+        editor: What is changed in slots that were decided before; default nothing.
         cache: What is not recomputed in every pass; default none, everything is.
         exit: When a row ends early; default never.
         guidance: Default none.
@@ -90,6 +94,7 @@ def decode(
         schedule=schedule,
         selector=selector,
         sampler=sampler,
+        editor=editor,
         cache=cache,
         exit=exit,
         guidance=guidance,
@@ -115,6 +120,7 @@ def steps(
     schedule: Schedule | None = None,
     selector: Selector | Quota | None = None,
     sampler: Sampler | None = None,
+    editor: Editor | None = None,
     cache: Cache | None = None,
     exit: Exit | None = None,  # noqa: A002
     guidance: Guidance | None = None,
@@ -126,34 +132,40 @@ def steps(
     Arguments and errors as in `decode`.
     """
     backbone = as_backbone(model)
-    schedule, selector = _who_decides(schedule, selector)
+    schedule, rule = _who_decides(schedule, selector)
     published = getattr(schedule, "published", False)
     full = _rows(backbone, model, prompt, length, canvas, published)
     numbers = (blocks or Whole()).assign(full)
-    ledger = Ledger.open(full, numbers, schedule, counted=selector.counts)
+    ledger = Ledger.open(full, numbers, schedule, counted=rule.counts)
     reader = Reader(backbone, guidance, cache, full, numbers)
-    one_pass = _Pass(reader, selector, sampler or Greedy(), constraint or Constraint(), schedule is not None, published)
+    rule = rule.start(*full.tokens.shape) if hasattr(rule, "start") else rule
+    one_pass = _Pass(
+        reader, rule, sampler or Greedy(), editor, constraint or Constraint(), schedule is not None, published
+    )
     sources = _sources(generators, len(full))
     account = Account(full)
-    total = ledger.total if cache is None or ledger.in_step else None
+    total = ledger.total if editor is None and (cache is None or ledger.in_step) else None
     here: list[int] = []
     while ledger.rows:
         rows, whole = reader.group(ledger.rows)
         if here != (here := [r.number for r in rows]):
             place = torch.tensor(here, device=full.tokens.device)
             work, block = full.select(place), numbers[place]
-        left = [r.left for r in rows]
-        draw = Draw(_pick(sources, here), left, max(left), full.tokens.device)
-        current = _tensor([r.block for r in rows], full.tokens.device)
-        taken, cost, drift = one_pass(work, window(work, block, current), rows, whole, draw, account.nfe)
-        account.book(here, place, taken, cost, drift)
+        draw = Draw(_pick(sources, here), [r.left for r in rows], one_pass.width(rows), full.tokens.device)
+        done = one_pass(work, block, rows, whole, draw, account.nfe)
+        account.book(here, place, done.taken, done.cost, done.drift)
         # A selector that only counts needs no look at the device.
-        decided = [r.quota for r in rows] if selector.counts and not published else taken.tolist()
-        if 0 in decided and not published:
-            raise RuntimeError(f"{type(selector).__name__} decided nothing in a row: it would never end")
-        finished = [r.book(n, mending=False, by_steps=published) for r, n in zip(rows, decided, strict=True)]
+        known = rule.counts and not published and editor is None
+        decided = [r.quota for r in rows] if known else done.taken.tolist()
+        changed = [False] * len(rows) if done.changed is None else done.changed.tolist()
+        if not published and any(n == 0 and r.left and not c for n, r, c in zip(decided, rows, changed, strict=True)):
+            raise RuntimeError(f"{type(rule).__name__} decided nothing in a row: it would never end")
+        patience = 0 if editor is None else editor.patience
+        finished = [
+            ledger.book(r, n, mending=c, patience=patience) for r, n, c in zip(rows, decided, changed, strict=True)
+        ]
         full.put(place, work)
-        if exit is not None and any(finished):
+        if exit is not None and (exit.every_pass or any(finished)):
             exit.fill(work, _tensor(finished, place.device), account.nfe - 1)
             full.put(place, work)
             ledger.recount(full, numbers)
@@ -164,50 +176,90 @@ def steps(
 
 
 @dataclass(frozen=True)
+class _Done:
+    """What a pass did.
+
+    Attributes:
+        taken: Slots it decided per row, less those it opened again.
+        changed: Whether it changed any slot that was decided before; None without an editor.
+        cost: What it cost.
+        drift: The drift, if watched.
+    """
+
+    taken: Int[Tensor, "B"]
+    changed: Bool[Tensor, "B"] | None
+    cost: Pass
+    drift: Drift | None
+
+
+@dataclass(frozen=True)
 class _Pass:
     """One forward pass and the decisions it leads to."""
 
     reader: Reader
     selector: Selector
     sampler: Sampler
+    editor: Editor | None
     constraint: Constraint
     scheduled: bool
     published: bool
 
     @torch.no_grad()
     def __call__(
-        self, canvas: Canvas, open_slots: Bool[Tensor, "B T"], rows: list[Row], whole: bool, draw: Draw, number: int
-    ) -> tuple[Int[Tensor, "B"], Pass, Drift | None]:
-        """Decide slots of ``canvas`` in place; returns how many in each row, the cost, and the drift if watched."""
-        # Candidates stand first, in slot order; further columns of a row that has fewer are never decided.
-        index = open_slots.byte().argsort(dim=1, descending=True, stable=True)[:, : draw.width]
-        candidates = open_slots.gather(1, index)
-        # Slots that are no candidates may be none that this pass computes: the first candidate is read in their place.
-        read = torch.where(candidates, index, index[:, :1])
+        self, canvas: Canvas, block: Int[Tensor, "B T"], rows: list[Row], whole: bool, draw: Draw, number: int
+    ) -> _Done:
+        """Decide slots of ``canvas`` in place."""
+        current = _tensor([r.block for r in rows], block.device)
+        open_slots = window(canvas, block, current)
+        shown = open_slots.byte() * 2
+        if self.editor is not None:
+            shown += ~canvas.undecided & ~canvas.frozen & (block == current[:, None])
+        # Candidates stand first, then what may be edited, in slot order; further columns of a row are never used.
+        index = shown.argsort(dim=1, descending=True, stable=True)[:, : draw.width]
+        shown, candidates = shown.gather(1, index), open_slots.gather(1, index)
+        # Unused columns may be slots that this pass does not compute: the row's first slot is read in their place.
+        read = torch.where(shown > 0, index, index[:, :1])
         logits, cost, drift = self.reader.read(canvas, rows, whole, read, candidates)
-        proposal = self.propose(logits, canvas, index, draw)
-        commit = candidates & self.selector.select(proposal, candidates, self._turn(rows, draw, canvas))
+        turn = self._turn(rows, draw, canvas)
+        proposal = self.propose(logits, canvas, index, candidates, turn)
+        commit = candidates & self.selector.select(proposal, candidates, turn)
         if self.published:
             commit &= proposal.tokens != self.reader.backbone.mask_id
-        canvas.write(index, commit, proposal.tokens, number)
-        return commit.sum(1), cost, drift
+        if self.editor is None:
+            canvas.write(index, commit, proposal.tokens, number)
+            return _Done(commit.sum(1), None, cost, drift)
+        decided = shown == 1
+        slots = canvas.tokens.shape[1]
+        edit = self.editor.edit(proposal, canvas.tokens.gather(1, index), candidates, decided, commit, slots)
+        canvas.write(index, edit.write, proposal.tokens, number)
+        canvas.reopen(index, edit.reopen, self.reader.backbone.mask_id)
+        taken = (edit.write & candidates).sum(1) - edit.reopen.sum(1)
+        return _Done(taken, ((edit.write & decided) | edit.reopen).any(1), cost, drift)
 
-    def _turn(self, rows: list[Row], draw: Draw, canvas: Canvas) -> Turn:
-        quota = _tensor([r.quota for r in rows], canvas.tokens.device) if self.scheduled else None
-        steps = [r.steps if self.scheduled else r.step + 1 for r in rows]
-        return Turn(quota, [r.step for r in rows], steps, draw, canvas.undecided)
+    def width(self, rows: list[Row]) -> int:
+        """Slots that a pass has to look at, the same number in each row."""
+        return max(r.left if self.editor is None else r.blocks[0].slots for r in rows)
 
-    def propose(self, logits: Tensor, canvas: Canvas, index: Int[Tensor, "B q"], draw: Draw) -> Proposal:
+    def propose(
+        self, logits: Tensor, canvas: Canvas, index: Int[Tensor, "B q"], candidates: Bool[Tensor, "B q"], turn: Turn
+    ) -> Proposal:
         """Choose a token for every slot of ``index``; the logits are worked on in place."""
         offset = self.reader.backbone.offset
         logits = restrict_range(logits.to(self.sampler.dtype), canvas, index, offset)
         self.constraint.restrict(logits, offset)
+        if hasattr(self.selector, "transform"):
+            self.selector.transform(logits, index, candidates, turn)
         # The mask class counts in the confidence, as published, but is never chosen: it would never be decided.
         hidden = () if self.published else (self.reader.backbone.mask_id,)
         with without(logits, hidden, offset):
-            classes = self.sampler.choose(logits, draw)
+            classes = self.sampler.choose(logits, turn.draw)
         self.constraint.rescore(logits, offset)
         return Proposal(classes + offset, classes, logits, index)
+
+    def _turn(self, rows: list[Row], draw: Draw, canvas: Canvas) -> Turn:
+        quota = _tensor([r.quota for r in rows], canvas.tokens.device) if self.scheduled else None
+        steps = [r.steps if self.scheduled else r.step + 1 for r in rows]
+        return Turn([r.number for r in rows], quota, [r.step for r in rows], steps, draw, canvas.undecided)
 
 
 def _rows(

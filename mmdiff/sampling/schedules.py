@@ -42,17 +42,20 @@ class Linear:
         published: As the published loop does: every block takes exactly its passes, idle ones too; the mask class may
             be chosen, which leaves the slot open and uses its turn up; mask ids inside the prompt are open in every
             block. So masks may be left at the end. False: only slots laid out for it are open, all get decided.
+        idle: With ``published``: a block whose last mask is decided still takes the rest of its passes (LLaDA). False:
+            it ends there (LLaDA-V).
 
     Source: LLaDA (arXiv 2502.09992), published sampler.
     """
 
     steps: int | None = None
     published: bool = False
+    idle: bool = True
 
     def counts(self, masks: int, steps: int) -> list[int]:
         """floor(n/s), and one more in the first n mod s steps; steps that decide nothing are left out."""
         share, rest = divmod(masks, steps)
-        return [n for n in (share + (j < rest) for j in range(steps)) if n or self.published]
+        return [n for n in (share + (j < rest) for j in range(steps)) if n or (self.published and self.idle)]
 
 
 @dataclass(frozen=True)

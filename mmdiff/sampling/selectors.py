@@ -2,7 +2,8 @@
 
 A selector sees the proposal, the candidates and its turn (quota, progress, draws) and returns a subset of the
 candidates, at least one in every row that has any. Of equal candidates the lower slot goes first. Rows do not see
-each other.
+each other. Here are the rules that decide a given number of slots; those that decide by how sure the network is are in
+`mmdiff.sampling.thresholds`.
 """
 
 from __future__ import annotations
@@ -22,17 +23,18 @@ from mmdiff.sampling.samplers import Draw
 from mmdiff.sampling.schedules import Linear
 
 __all__ = [
+    "CertaintyDensity",
     "Entropy",
-    "Factor",
     "Margin",
     "Quota",
     "Random",
     "RandomTopK",
     "Selector",
-    "Threshold",
     "TopConfidence",
     "Turn",
     "best",
+    "certainty_density",
+    "rank",
 ]
 
 
@@ -41,6 +43,7 @@ class Turn:
     """What a selector may know beside the proposal.
 
     Attributes:
+        rows: Per row its place in the batch.
         quota: Int64 [B], how many slots to decide; None without a schedule.
         step: Per row the number of the pass within its block, from 0.
         steps: Per row the passes the schedule has for that block; ``step + 1`` without a schedule.
@@ -48,6 +51,7 @@ class Turn:
         undecided: Bool [B, T]; the whole canvas before this pass.
     """
 
+    rows: Sequence[int]
     quota: Int[Tensor, "B"] | None
     step: Sequence[int]
     steps: Sequence[int]
@@ -64,7 +68,14 @@ class Turn:
 
 @runtime_checkable
 class Selector(Protocol):
-    """Attributes: ``counts``, whether the schedule's quota alone says how many slots are decided."""
+    """Decides which.
+
+    A selector that learns from pass to pass also has ``start(rows, slots)``, which gives the selector of one run, and
+    ``transform(logits, index, candidates, turn)``, which changes the logits in place before a token is chosen.
+
+    Attributes:
+        counts: Whether the schedule's quota alone says how many slots are decided.
+    """
 
     @property
     def counts(self) -> bool:
@@ -81,7 +92,7 @@ def best(
 ) -> Bool[Tensor, "B q"]:
     """The ``number`` candidates of highest score in each row; of equal scores the lower slot."""
     limit = number if isinstance(number, int) else number[:, None]
-    return candidates & (_rank(score, candidates) < limit)
+    return candidates & (rank(score, candidates) < limit)
 
 
 @dataclass(frozen=True)
@@ -168,54 +179,38 @@ class RandomTopK:
 
 
 @dataclass(frozen=True)
-class Threshold:
-    """Every choice of probability at least ``confidence``, and always the best one.
+class CertaintyDensity:
+    """Confidence times the share of decided slots around: slots beside what is known go first.
+
+    It keeps whole-canvas decoding from deciding the tail before the text in front of it.
 
     Attributes:
-        confidence: Above 1 gives one slot per pass, 0 everything at once.
+        sigma: Standard deviation of the neighbourhood, slots.
 
-    Source: Fast-dLLM (arXiv 2505.22618).
+    Source: d2Cache (arXiv 2509.23094), certainty prior.
     """
 
-    confidence: float = 0.9
-    counts = False
+    sigma: float = 10.0
+    counts = True
 
     def select(self, proposal: Proposal, candidates: Bool[Tensor, "B q"], turn: Turn) -> Bool[Tensor, "B q"]:
-        """By the probability of the chosen class."""
-        sure = candidates & (proposal.confidence >= self.confidence)
-        return sure | best(proposal.score, candidates, 1)
+        """By probability times density."""
+        density = certainty_density(~turn.undecided, self.sigma).gather(1, proposal.index)
+        return best(proposal.confidence * density, candidates, turn.need)
 
 
-@dataclass(frozen=True)
-class Factor:
-    """The n most probable choices, n the largest with (n+1)(1 - c_m) <= ``factor`` for all ranks m up to it.
+def certainty_density(decided: Bool[Tensor, "B T"], sigma: float) -> Float[Tensor, "B T"]:
+    """Gaussian-weighted share of decided slots around each slot.
 
-    If each of n choices has probability 1 - e and (n+1) e <= 1, deciding them together equals deciding them greedily
-    one by one. The best one is always taken.
-
-    Attributes:
-        factor: Above 0; larger decides more.
-        published: As the published code: if the last rank is the only one that fails, it is taken as well.
-
-    Source: Fast-dLLM (arXiv 2505.22618).
+    Outside, everything on the left counts as decided, and everything on the right as the last slot is.
     """
-
-    factor: float = 1.0
-    published: bool = False
-    counts = False
-
-    def select(self, proposal: Proposal, candidates: Bool[Tensor, "B q"], turn: Turn) -> Bool[Tensor, "B q"]:
-        """By falling probability, up to the first rank that fails."""
-        rank = _rank(proposal.score, candidates)
-        by_rank = rank.argsort(1)
-        confidence = proposal.confidence.gather(1, by_rank)
-        n = torch.arange(1, rank.shape[1] + 1, device=rank.device)
-        passes = (confidence >= 1 - self.factor / (n + 1)).long()
-        passes[:, 0] = 1
-        number, last = passes.cumprod(1).sum(1), candidates.sum(1) - 1
-        if self.published:
-            number = torch.where(number >= last, last + 1, number)
-        return candidates & (rank < number[:, None])
+    length = decided.shape[1]
+    line = torch.cat((torch.ones_like(decided), decided, decided[:, -1:].expand_as(decided)), 1).float()
+    j = torch.arange(-3 * length, 3 * length, device=decided.device)
+    weight = torch.exp(-j.float().square() / (2 * sigma**2))
+    slots = torch.arange(length, device=decided.device) + length
+    distance = torch.arange(3 * length, device=decided.device)[:, None] - slots
+    return line @ weight[distance + 3 * length] / weight.sum()
 
 
 @dataclass(frozen=True)
@@ -230,8 +225,8 @@ class Quota:
         return Linear(self.steps), TopConfidence()
 
 
-def _rank(score: Float[Tensor, "B q"], candidates: Bool[Tensor, "B q"]) -> Int[Tensor, "B q"]:
-    """0 for the best candidate of a row; slots that are no candidates come last."""
+def rank(score: Float[Tensor, "B q"], candidates: Bool[Tensor, "B q"]) -> Int[Tensor, "B q"]:
+    """Place of each slot by falling score: 0 for the row's best candidate; slots that are none come last."""
     # A candidate of score -inf or NaN still goes before every slot that is none.
     floor = torch.finfo(score.dtype).min
     key = score.nan_to_num(nan=floor, neginf=floor).masked_fill(~candidates, -torch.inf)

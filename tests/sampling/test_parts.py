@@ -52,7 +52,7 @@ def proposal(logits):
 
 def turn(quota, rows, width, seed=0):
     draw = Draw([rng.generator(seed + r) for r in range(rows)], [width] * rows, width, torch.device("cpu"))
-    return Turn(quota, [1] * rows, [4] * rows, draw, torch.ones(rows, width, dtype=torch.bool))
+    return Turn(list(range(rows)), quota, [1] * rows, [4] * rows, draw, torch.ones(rows, width, dtype=torch.bool))
 
 
 @st.composite
@@ -86,7 +86,9 @@ def test_a_selector_treats_rows_alike(situation, selector):
 
     def select(places):
         draw = Draw([rng.generator(int(r)) for r in places], [width] * rows, width, torch.device("cpu"))
-        where = Turn(quota[places], [1] * rows, [4] * rows, draw, torch.ones(rows, width, dtype=torch.bool))
+        where = Turn(
+            places.tolist(), quota[places], [1] * rows, [4] * rows, draw, torch.ones(rows, width, dtype=torch.bool)
+        )
         return selector.select(proposal(logits[places]), candidates[places], where)
 
     assert torch.equal(select(torch.arange(rows))[order], select(order))
