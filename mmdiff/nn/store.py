@@ -108,9 +108,8 @@ class FeatureStore(Store):
 
     Args:
         layers: Number of attention layers.
-        batch: B rows.
-        slots: T slots per row.
-        start: Slots of the prompt.
+        answer: Bool [B, T]; real slots behind the prompt.
+        start: Slots of the prompt, the same in all rows.
         ratio: Share of the answer that is refreshed in passes that do not refresh all of it; 0 = none.
         first_layer: Refresh the first layer at every slot in every pass.
         all_values: Store the values that were computed for the comparison, also where nothing else is refreshed.
@@ -122,11 +121,21 @@ class FeatureStore(Store):
     """
 
     def __init__(
-        self, layers: int, batch: int, slots: int, *, start: int, ratio: float, first_layer: bool, all_values: bool
+        self,
+        layers: int,
+        answer: Bool[Tensor, "B T"],
+        *,
+        start: int,
+        ratio: float,
+        first_layer: bool,
+        all_values: bool,
     ) -> None:
-        super().__init__(layers, batch, slots)
+        super().__init__(layers, *answer.shape)
         self.updated: dict[int, Tensor] = {}
-        self._start, self._count = start, int((slots - start) * ratio)
+        self._start, self._answer = start, answer[:, start:]
+        lengths = self._answer.sum(1)
+        self._counts = torch.tensor([int(n * ratio) for n in lengths.tolist()], device=answer.device)
+        self._count = int(self._counts.max())
         self._first_layer, self._all_values = first_layer, all_values
         self._refresh = (True, True)
         self._attended: list[Tensor | None] = [None] * layers
@@ -139,6 +148,7 @@ class FeatureStore(Store):
     def keep(self, rows: Int[Tensor, "b"]) -> None:
         """Drop all other rows."""
         super().keep(rows)
+        self._answer, self._counts = self._answer[rows], self._counts[rows]
         for held in (self._attended, self._fed):
             held[:] = [None if x is None else x[rows] for x in held]
 
@@ -180,8 +190,11 @@ class FeatureStore(Store):
         values = self._values[layer]
         assert values is not None
         stored = values[:, self._start :]
-        near = F.cosine_similarity(fresh.float(), stored.flatten(2).float(), dim=-1)
+        near = F.cosine_similarity(fresh.float(), stored.flatten(2).float(), dim=-1).masked_fill(~self._answer, 2.0)
         index = near.topk(self._count, dim=1, largest=False).indices + self._start
+        # A row with fewer slots to refresh than another has padding at its end, which may be computed in their place.
+        spare = torch.arange(self._count, device=index.device) >= self._counts[:, None]
+        index = index.masked_fill(spare, self.slots - 1)
         if self._all_values:
             stored.copy_(fresh.view_as(stored))
         self.updated[layer] = index

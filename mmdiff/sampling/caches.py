@@ -33,8 +33,8 @@ class Cache(Protocol):
         """As above."""
         ...
 
-    def open(self, layers: int, rows: int, slots: int, start: int) -> Store:
-        """Memory for a run of ``rows`` rows of ``slots`` slots, of which the first ``start`` are the prompt."""
+    def open(self, layers: int, valid: Bool[Tensor, "B T"], start: int) -> Store:
+        """Memory for a run over rows whose real slots are ``valid``, of which the first ``start`` are the prompt."""
         ...
 
     def full(self, row: Row) -> bool:
@@ -67,9 +67,9 @@ class _KeyValues:
         if self.refresh is not None and self.refresh < 1:
             raise ConfigError(f"refresh {self.refresh}; it must be at least 1, or None for once per block")
 
-    def open(self, layers: int, rows: int, slots: int, start: int) -> Store:
+    def open(self, layers: int, valid: Bool[Tensor, "B T"], start: int) -> Store:
         """Keys and values of every layer."""
-        return Store(layers, rows, slots)
+        return Store(layers, *valid.shape)
 
     def full(self, row: Row) -> bool:
         """At the start of a block, and when it is time to refresh."""
@@ -132,10 +132,16 @@ class DllmCache:
                 f"1, transfer_ratio {self.transfer_ratio} in [0, 1]"
             )
 
-    def open(self, layers: int, rows: int, slots: int, start: int) -> FeatureStore:
+    def open(self, layers: int, valid: Bool[Tensor, "B T"], start: int) -> FeatureStore:
         """Keys, values and outputs of every layer."""
-        options = {"first_layer": self.first_layer, "all_values": self.all_values}
-        return FeatureStore(layers, rows, slots, start=start, ratio=self.transfer_ratio, **options)
+        return FeatureStore(
+            layers,
+            valid,
+            start=start,
+            ratio=self.transfer_ratio,
+            first_layer=self.first_layer,
+            all_values=self.all_values,
+        )
 
     def full(self, row: Row) -> bool:
         """Always: the layers themselves leave slots out."""

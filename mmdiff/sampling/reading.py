@@ -53,7 +53,7 @@ class Reader:
         if not layers:
             raise ConfigError(f"{type(backbone).__name__} keeps no keys and values: decode it without a cache")
         self._held = list(range(len(canvas)))
-        self._store = cache.open(layers, self.branches * len(canvas), canvas.tokens.shape[1], canvas.start)
+        self._store = cache.open(layers, canvas.valid.repeat(self.branches, 1), canvas.start)
         blocks = torch.arange(max(1, int(numbers.max()) + 1), device=numbers.device)
         # Widths of all windows, read once, so that no pass has to wait for the device to say how wide it is.
         self._spans = torch.stack([cache.slots(self._numbers, b.view(1, 1)).sum(1) for b in blocks]).tolist()
