@@ -34,7 +34,8 @@ class Editor(Protocol):
     """Has the last word over the decided slots of the current block. Frozen slots are never shown to it.
 
     Attributes:
-        patience: Passes that a block may take after its last mask was decided, as long as each changes something.
+        patience: Passes that a block may take after its last mask was decided: it ends with the first of them that
+            changes nothing, and after one more than this in any case. 0: it ends with its last mask.
     """
 
     @property
@@ -68,7 +69,11 @@ class Editor(Protocol):
 class T2T:
     """Overwrite a decided slot when another token has a probability above ``confidence``.
 
-    Source: LLaDA2.1 (arXiv 2602.08676), token-to-token editing; the comparison is strict.
+    Attributes:
+        confidence: The comparison is strict.
+        patience: As in `Editor`; a block takes one pass more than its masks need, to see that nothing changes.
+
+    Source: LLaDA2.1 (arXiv 2602.08676), token-to-token editing.
     """
 
     confidence: float = 0.9

@@ -120,13 +120,14 @@ class Ledger:
             row: The row.
             taken: Slots decided, less those opened again.
             mending: Whether a slot that had been decided was changed.
-            patience: Passes without masks that a block may take as long as they mend.
+            patience: Passes without masks that a block may take; it ends after the first of them that mends nothing.
         """
         row.mended += row.left == 0
         row.left -= taken
         row.step += 1
         row.passes += 1
-        whole = row.left == 0 and not (mending and row.mended <= patience)
+        settled = (row.mended > 0 and not mending) or row.mended > patience or not patience
+        whole = row.left == 0 and settled
         finished = (self.by_masks and whole) or (self.by_steps and row.step >= row.steps)
         if finished:
             row.advance()
