@@ -259,7 +259,8 @@ class _Pass:
     def _turn(self, rows: list[Row], draw: Draw, canvas: Canvas) -> Turn:
         quota = _tensor([r.quota for r in rows], canvas.tokens.device) if self.scheduled else None
         steps = [r.steps if self.scheduled else r.step + 1 for r in rows]
-        return Turn([r.number for r in rows], quota, [r.step for r in rows], steps, draw, canvas.undecided)
+        masks = canvas.valid & (canvas.tokens == self.reader.backbone.mask_id)
+        return Turn([r.number for r in rows], quota, [r.step for r in rows], steps, draw, masks)
 
 
 def _rows(

@@ -48,7 +48,7 @@ class Turn:
         step: Per row the number of the pass within its block, from 0.
         steps: Per row the passes the schedule has for that block; ``step + 1`` without a schedule.
         draw: Uniform numbers for the candidates.
-        undecided: Bool [B, T]; the whole canvas before this pass.
+        masks: Bool [B, T]; slots of the canvas that hold the mask before this pass, open now or not.
     """
 
     rows: Sequence[int]
@@ -56,7 +56,7 @@ class Turn:
     step: Sequence[int]
     steps: Sequence[int]
     draw: Draw
-    undecided: Bool[Tensor, "B T"]
+    masks: Bool[Tensor, "B T"]
 
     @property
     def need(self) -> Int[Tensor, "B"]:
@@ -195,7 +195,7 @@ class CertaintyDensity:
 
     def select(self, proposal: Proposal, candidates: Bool[Tensor, "B q"], turn: Turn) -> Bool[Tensor, "B q"]:
         """By probability times density."""
-        density = certainty_density(~turn.undecided, self.sigma).gather(1, proposal.index)
+        density = certainty_density(~turn.masks, self.sigma).gather(1, proposal.index)
         return best(proposal.confidence * density, candidates, turn.need)
 
 
@@ -235,7 +235,7 @@ def rank(score: Float[Tensor, "B q"], candidates: Bool[Tensor, "B q"]) -> Int[Te
 
 def _topk_over_rows(proposal: Proposal, candidates: Bool[Tensor, "B q"], turn: Turn) -> Bool[Tensor, "B q"]:
     key = proposal.confidence.masked_fill(~candidates, -torch.inf)
-    rows = key.new_full(turn.undecided.shape, -torch.inf).scatter_(1, proposal.index, key)
+    rows = key.new_full(turn.masks.shape, -torch.inf).scatter_(1, proposal.index, key)
     chosen = torch.zeros_like(rows, dtype=torch.bool)
     for row, quota, out in zip(rows, turn.need.tolist(), chosen, strict=True):
         out[row.topk(quota).indices] = True

@@ -6,6 +6,7 @@ They differ in what makes a slot sure: its own probability or entropy, its rank,
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Int, Shaped
@@ -62,13 +63,15 @@ class Factor:
 
     Attributes:
         factor: Above 0; larger decides more.
-        published: As the published code: if the last rank is the only one that fails, it is taken as well.
+        published: As published code does, which takes the last rank as well if it is the only one that fails. Which
+            is the last: of the candidates (Fast-dLLM), or of all masks on the canvas, those of later blocks and behind
+            a stop sequence included (LLaDA-V).
 
     Source: Fast-dLLM (arXiv 2505.22618).
     """
 
     factor: float = 1.0
-    published: bool = False
+    published: Literal["fast_dllm", "llada_v"] | None = None
     counts = False
 
     def select(self, proposal: Proposal, candidates: Bool[Tensor, "B q"], turn: Turn) -> Bool[Tensor, "B q"]:
@@ -79,8 +82,9 @@ class Factor:
         n = torch.arange(1, order.shape[1] + 1, device=order.device)
         passes = (confidence >= 1 - self.factor / (n + 1)).long()
         passes[:, 0] = 1
-        number, last = passes.cumprod(1).sum(1), candidates.sum(1) - 1
+        number = (passes.cumprod(1) * candidates.gather(1, order.argsort(1))).sum(1)
         if self.published:
+            last = (turn.masks if self.published == "llada_v" else candidates).sum(1) - 1
             number = torch.where(number >= last, last + 1, number)
         return candidates & (order < number[:, None])
 
@@ -144,7 +148,7 @@ class LocalLeap:
     def select(self, proposal: Proposal, candidates: Bool[Tensor, "B q"], turn: Turn) -> Bool[Tensor, "B q"]:
         """By the probability of the chosen class and of its neighbours'."""
         anchors = candidates & (proposal.confidence >= self.confidence)
-        row = on_canvas(anchors.float(), proposal.index, turn.undecided.shape[1], 0.0)
+        row = on_canvas(anchors.float(), proposal.index, turn.masks.shape[1], 0.0)
         near = F.max_pool1d(row[:, None], 2 * self.radius + 1, 1, self.radius)[:, 0].gather(1, proposal.index) > 0
         sure = anchors | candidates & near & (proposal.confidence >= self.relaxed)
         return sure | best(proposal.score, candidates, 1)
@@ -168,7 +172,7 @@ class Hierarchy:
 
     def select(self, proposal: Proposal, candidates: Bool[Tensor, "B q"], turn: Turn) -> Bool[Tensor, "B q"]:
         """By the probability of the chosen class among its neighbours'."""
-        taken = best_of_runs(proposal, candidates, turn.undecided.shape[1])
+        taken = best_of_runs(proposal, candidates, turn.masks.shape[1])
         if self.low is not None:
             taken = taken & (proposal.confidence > self.low)
         if self.confidence is not None:

@@ -173,7 +173,7 @@ def ours(golden: Case, name: str) -> Tensor:
         return golden.select(LocalLeap(leap["threshold"], leap["radius"], leap["relaxed"]))
     selectors = {
         "threshold": lambda: Threshold(float(rest)),
-        "factor": lambda: Factor(float(rest), published=True),
+        "factor": lambda: Factor(float(rest), published="fast_dllm"),
         "factor_strict": lambda: Factor(float(rest)),
         "entropy_threshold": lambda: EntropyThreshold(float(rest)),
         "entropy_bound": lambda: EntropyBound(float(rest)),

@@ -47,7 +47,10 @@ def parts(case: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
     if case.get("threshold") is not None:
         return {**out, "selector": Threshold(case["threshold"])}
     if case.get("factor") is not None:
-        return {**out, "selector": Factor(case["factor"], published=case.get("factor_rule") != "strict")}
+        return {
+            **out,
+            "selector": Factor(case["factor"], published=None if case.get("factor_rule") == "strict" else "fast_dllm"),
+        }
     return {**out, "schedule": Linear(case["steps"])}
 
 
