@@ -15,9 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
-from mmdiff import images
 from mmdiff.errors import ConfigError, SampleError
-from mmdiff.images import Limits, decode, encode_png, grid, open_image, redact, to_pixels, to_uint8
+from mmdiff.images import Limits, decode, decoding, encode_png, grid, open_image, redact, to_pixels, to_uint8
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
@@ -260,17 +259,17 @@ def test_an_https_picture_is_fetched_within_the_byte_limit(monkeypatch: pytest.M
             asked.append((url, timeout))
             return _Answer(encoded(gradient()))
 
-    monkeypatch.setattr(images, "_opener", Opener)
+    monkeypatch.setattr(decoding, "_opener", Opener)
     url = "https://user:secret@example.org/a.png?token=1"
     assert open_image(url).size == (48, 32)
-    assert asked == [(url, images.URL_TIMEOUT_SECONDS)]
+    assert asked == [(url, decoding.URL_TIMEOUT_SECONDS)]
     with pytest.raises(SampleError, match="limit 50"):
         open_image(url, limits=Limits(max_bytes=50))
     assert redact(url) == "https://example.org/a.png"
 
 
 def test_redirects_leave_https_never() -> None:
-    handler = images._HttpsOnly()
+    handler = decoding._HttpsOnly()
     request = urllib.request.Request("https://example.org/a?token=1")
     for target in ("http://example.org/b", "file:///etc/passwd"):
         with pytest.raises(ConfigError, match="not https"):
@@ -278,7 +277,7 @@ def test_redirects_leave_https_never() -> None:
     followed = handler.redirect_request(request, io.BytesIO(), 302, "", Message(), "https://other.org/b")
     assert followed is not None
     assert followed.full_url == "https://other.org/b"
-    kinds = {type(handler).__name__ for handlers in images._opener().handle_open.values() for handler in handlers}
+    kinds = {type(handler).__name__ for handlers in decoding._opener().handle_open.values() for handler in handlers}
     assert not kinds & {"HTTPHandler", "FileHandler", "FTPHandler", "DataHandler"}
 
 

@@ -239,7 +239,7 @@ def _read_config(tree: Mapping[str, Any], folder: Path) -> tuple[str, str, Any]:
     if layout is None:
         raise CheckpointError(
             f"model_type {tree.get('model_type')!r} with architectures {tree.get('architectures')!r} is not known; "
-            f"known are our own layout ({', '.join(FAMILIES)}) and the published ones of LLaDA, LLaDA-V and iLLaDA"
+            f"known are our own layout ({', '.join(FAMILIES)}) and the published ones of LLaDA, iLLaDA, LLaDA-V, SigLIP"
         )
     return layout, LAYOUTS[layout].family, LAYOUTS[layout].read(tree, special_ids(folder))
 

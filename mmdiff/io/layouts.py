@@ -2,7 +2,7 @@
 
 Fields of a config.json that make other programs run code (`HOSTILE`) are looked at by nobody here.
 
-Source: the checkpoints' state dicts (LLaDA-8B, LLaDA-1.5, LLaDA-V, iLLaDA).
+Source: the checkpoints' state dicts (LLaDA-8B, LLaDA-1.5, LLaDA-V, iLLaDA, SigLIP 2).
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mmdiff.io import published
+from mmdiff.io import published, published_vision
 from mmdiff.io.keymap import KeyMap
-from mmdiff.models import llada
+from mmdiff.models import llada, vision
 
 __all__ = ["HOSTILE", "LAYOUTS", "Published", "detect", "hostile_fields"]
 
@@ -91,6 +91,8 @@ _LLADA_V = KeyMap(
     ("model.image_newline", "newline"),
 )
 
+_SIGLIP = KeyMap(("vision_model.{rest}", "{rest}"))
+
 _ROTARY = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
 """Frequencies that old versions of transformers stored beside the weights."""
 
@@ -103,13 +105,18 @@ def _unused_llama(config: llada.Config) -> tuple[str, ...]:
     return (_ROTARY, r"lm_head\.weight") if config.tied else (_ROTARY,)
 
 
+def _unused_siglip(config: vision.Config) -> tuple[str, ...]:
+    last = rf"vision_model\.encoder\.layers\.{config.depth}\..*"
+    return (last, r"vision_model\.head\..*", r"text_model\..*", "logit_scale", "logit_bias")
+
+
 LAYOUTS: dict[str, Published] = {
     "llada-v": Published(
         family="llada_v",
         keys=_LLADA_V,
         detect=published.is_llada_v,
-        read=published.read_llada_v,
-        write=published.write_llada_v,
+        read=published_vision.read_llada_v,
+        write=published_vision.write_llada_v,
         unused=lambda config: _unused_llama(config.language),
     ),
     "olmo": Published(
@@ -127,6 +134,14 @@ LAYOUTS: dict[str, Published] = {
         read=published.read_llama,
         write=published.write_llama,
         unused=_unused_llama,
+    ),
+    "siglip": Published(
+        family="siglip",
+        keys=_SIGLIP,
+        detect=published_vision.is_siglip,
+        read=published_vision.read_siglip,
+        write=published_vision.write_siglip,
+        unused=_unused_siglip,
     ),
 }
 """Layout -> what it is; the first of a family is written when none is asked for."""

@@ -1,9 +1,6 @@
-"""Published config.json files and our configurations, in both directions.
+"""Published config.json files of text backbones and our configurations, in both directions.
 
-A field that would change the network and that our network has no switch for is refused by name; a needed one that is
-absent is asked for, not guessed.
-
-Source: the checkpoints' config.json (LLaDA-8B, LLaDA-1.5, LLaDA-V, iLLaDA) and the public modelling code.
+Source: the checkpoints' config.json (LLaDA-8B, LLaDA-1.5, iLLaDA) and the public modelling code.
 """
 
 from __future__ import annotations
@@ -11,22 +8,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mmdiff import config as configs
 from mmdiff.errors import CheckpointError
-from mmdiff.models import llada, llada_v, vision
+from mmdiff.io.fields import Tree, build, need, refuse
+from mmdiff.models import llada
 
 __all__ = [
     "is_llada",
     "is_llada_v",
-    "read_llada_v",
     "read_llama",
     "read_olmo",
-    "write_llada_v",
     "write_llama",
     "write_olmo",
 ]
-
-Tree = Mapping[str, Any]
 
 _MASK, _BOS, _EOS, _EOT = 126336, 126080, 126081, 126348
 """Ids of the LLaDA-8B tokenizer."""
@@ -43,7 +36,7 @@ def read_olmo(tree: Tree, special: Mapping[str, int]) -> llada.Config:
         CheckpointError: A field is missing, or asks for a network that ours is not.
         ConfigError: A value is of the wrong type or range.
     """
-    _refuse(
+    refuse(
         tree,
         {
             "alibi": False,
@@ -61,22 +54,22 @@ def read_olmo(tree: Tree, special: Mapping[str, int]) -> llada.Config:
             "input_emb_norm": False,
         },
     )
-    heads = _need(tree, "n_heads")
-    width = _need(tree, "d_model")
-    vocab = tree.get("embedding_size") or _need(tree, "vocab_size")
-    return _config(
+    heads = need(tree, "n_heads")
+    width = need(tree, "d_model")
+    vocab = tree.get("embedding_size") or need(tree, "vocab_size")
+    return build(
         llada.Config,
         vocab_size=vocab,
         width=width,
-        depth=_need(tree, "n_layers"),
+        depth=need(tree, "n_layers"),
         heads=heads,
         kv_heads=tree.get("n_kv_heads") or (1 if tree.get("multi_query_attention") else heads),
-        ffn_width=tree.get("mlp_hidden_size") or _need(tree, "mlp_ratio") * width,
-        max_length=_need(tree, "max_sequence_length"),
-        rope_theta=float(_need(tree, "rope_theta")),
+        ffn_width=tree.get("mlp_hidden_size") or need(tree, "mlp_ratio") * width,
+        max_length=need(tree, "max_sequence_length"),
+        rope_theta=float(need(tree, "rope_theta")),
         rope_full_precision=tree.get("rope_full_precision", True),
         norm_eps=tree.get("rms_norm_eps", 1e-5),
-        tied=_need(tree, "weight_tying"),
+        tied=need(tree, "weight_tying"),
         **_ids(tree, special, vocab),
     )
 
@@ -133,27 +126,27 @@ def write_olmo(config: llada.Config) -> dict[str, Any]:
 
 def read_llama(tree: Tree, special: Mapping[str, int]) -> llada.Config:
     """Configuration of a LLaDA in the LLaMA layout; arguments and errors as in `read_olmo`."""
-    _refuse(tree, {"rope_scaling": None, "attention_bias": False, "mlp_bias": False, "hidden_act": "silu"})
-    heads = _need(tree, "num_attention_heads")
-    width = _need(tree, "hidden_size")
+    refuse(tree, {"rope_scaling": None, "attention_bias": False, "mlp_bias": False, "hidden_act": "silu"})
+    heads = need(tree, "num_attention_heads")
+    width = need(tree, "hidden_size")
     if tree.get("head_dim") not in (None, width // heads):
         raise CheckpointError(f"head_dim {tree['head_dim']} is not hidden_size {width} / heads {heads}: not supported")
     rope = tree.get("rope_parameters")
     rope = rope if isinstance(rope, Mapping) else tree
-    _refuse(rope, {"rope_type": "default"})
-    vocab = _need(tree, "vocab_size")
-    return _config(
+    refuse(rope, {"rope_type": "default"})
+    vocab = need(tree, "vocab_size")
+    return build(
         llada.Config,
         vocab_size=vocab,
         width=width,
-        depth=_need(tree, "num_hidden_layers"),
+        depth=need(tree, "num_hidden_layers"),
         heads=heads,
         kv_heads=tree.get("num_key_value_heads") or heads,
-        ffn_width=_need(tree, "intermediate_size"),
-        max_length=_need(tree, "max_position_embeddings"),
-        rope_theta=float(_need(rope, "rope_theta")),
+        ffn_width=need(tree, "intermediate_size"),
+        max_length=need(tree, "max_position_embeddings"),
+        rope_theta=float(need(rope, "rope_theta")),
         rope_full_precision=False,
-        norm_eps=_need(tree, "rms_norm_eps"),
+        norm_eps=need(tree, "rms_norm_eps"),
         tied=tree.get("tie_word_embeddings", False),
         **_ids(tree, special, vocab),
     )
@@ -185,99 +178,6 @@ def write_llama(config: llada.Config) -> dict[str, Any]:
         "use_cache": False,
         "vocab_size": config.vocab_size,
     }
-
-
-_TOWERS = ("siglip2-so400m-patch14-384", "siglip-so400m-patch14-384")
-"""Towers of the default size of `mmdiff.models.vision.Config`, by the last part of their name."""
-
-
-def read_llada_v(tree: Tree, special: Mapping[str, int]) -> llada_v.Config:
-    """Configuration of a LLaDA-V; arguments and errors as in `read_olmo`."""
-    _refuse(tree, {"mm_projector_type": "mlp2x_gelu", "mm_vision_select_feature": "patch"})
-    tower = _tower(tree)
-    if tree.get("mm_hidden_size", tower.width) != tower.width:
-        raise CheckpointError(f"mm_hidden_size {tree['mm_hidden_size']} is not the tower's width {tower.width}")
-    return _config(llada_v.Config, language=configs.to_dict(read_llama(tree, special)), vision=configs.to_dict(tower))
-
-
-def _tower(tree: Tree) -> vision.Config:
-    """The tower: of ``vision_config`` if there is one, else the one that ``mm_vision_tower`` names."""
-    own = tree.get("vision_config")
-    if isinstance(own, Mapping):
-        _refuse(own, {"hidden_act": "gelu_pytorch_tanh", "num_channels": 3})
-        return _config(
-            vision.Config,
-            image_size=_need(own, "image_size"),
-            patch_size=_need(own, "patch_size"),
-            width=_need(own, "hidden_size"),
-            depth=_need(own, "num_hidden_layers") - 1,
-            heads=_need(own, "num_attention_heads"),
-            ffn_width=_need(own, "intermediate_size"),
-            norm_eps=own.get("layer_norm_eps", 1e-6),
-        )
-    name = str(_need(tree, "mm_vision_tower"))
-    if name.rstrip("/").rsplit("/", 1)[-1] not in _TOWERS:
-        raise CheckpointError(
-            f"the tower {name!r} is not known (known: {', '.join(_TOWERS)}); add its transformers configuration to "
-            "config.json under vision_config"
-        )
-    return vision.Config()
-
-
-def write_llada_v(config: llada_v.Config) -> dict[str, Any]:
-    """Fields of a LLaDA-V config.json; a tower of another size than the published one goes to ``vision_config``."""
-    tower, size = config.vision, config.vision.image_size
-    own = {
-        "model_type": "siglip_vision_model",
-        "hidden_act": "gelu_pytorch_tanh",
-        "hidden_size": tower.width,
-        "image_size": size,
-        "intermediate_size": tower.ffn_width,
-        "layer_norm_eps": tower.norm_eps,
-        "num_attention_heads": tower.heads,
-        "num_channels": 3,
-        "num_hidden_layers": tower.depth + 1,
-        "patch_size": tower.patch_size,
-    }
-    return {
-        **write_llama(config.language),
-        "architectures": ["LlavaLLaDAModelLM"],
-        "model_type": "llava_llada",
-        "image_aspect_ratio": "anyres_max_4",
-        "image_grid_pinpoints": [[size * i, size * j] for i in range(1, 7) for j in range(1, 7)],
-        "mm_hidden_size": tower.width,
-        "mm_newline_position": "grid",
-        "mm_patch_merge_type": "spatial_unpad",
-        "mm_projector_type": "mlp2x_gelu",
-        "mm_spatial_pool_mode": "bilinear",
-        "mm_tunable_parts": "mm_vision_tower,mm_mlp_adapter,mm_language_model",
-        "mm_use_im_patch_token": False,
-        "mm_use_im_start_end": False,
-        "mm_vision_select_feature": "patch",
-        "mm_vision_select_layer": -2,
-        "mm_vision_tower": f"google/{_TOWERS[0]}" if tower == vision.Config() else "siglip",
-        "tokenizer_model_max_length": config.language.max_length,
-        "tokenizer_padding_side": "right",
-        "use_mm_proj": True,
-        **({} if tower == vision.Config() else {"vision_config": own}),
-    }
-
-
-def _config(cls: Any, **values: Any) -> Any:
-    return configs.parse(cls, values, "config.json")
-
-
-def _need(tree: Tree, key: str) -> Any:
-    if tree.get(key) is None:
-        raise CheckpointError(f"config.json lacks {key}")
-    return tree[key]
-
-
-def _refuse(tree: Tree, supported: Mapping[str, Any]) -> None:
-    """Refuse switches that our network does not have; null counts as absent."""
-    for key, value in supported.items():
-        if tree.get(key) not in (None, value):
-            raise CheckpointError(f"config.json has {key} = {tree[key]!r}; only {value!r} is supported")
 
 
 def _ids(tree: Tree, special: Mapping[str, int], vocab: Any) -> dict[str, int]:

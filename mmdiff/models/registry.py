@@ -16,7 +16,7 @@ from torch import nn
 
 from mmdiff.config import Field
 from mmdiff.errors import ConfigError
-from mmdiff.models import llada, llada_v, scorer, unified, vq
+from mmdiff.models import llada, llada_v, scorer, unified, vision, vq
 from mmdiff.models.base import PretrainedModule
 
 __all__ = [
@@ -86,6 +86,9 @@ FAMILIES: dict[str, Family] = {
         module=vq.VQ,
         summary="discrete image tokenizer (finite scalar quantisation, arXiv 2309.15505)",
     ),
+    "siglip": Family(
+        config=vision.Config, module=vision.SiglipTower, summary="vision tower (SigLIP 2, arXiv 2502.14786)"
+    ),
     "scorer": Family(
         config=scorer.Config, module=scorer.Scorer, summary="image-text scorer: a small judge for generated images"
     ),
@@ -93,7 +96,8 @@ FAMILIES: dict[str, Family] = {
 """Name -> family. A new family is a new row."""
 
 ModelConfig = Annotated[
-    llada.Config | llada_v.Config | unified.Config | vq.Config | scorer.Config, Field(discriminator="type")
+    llada.Config | llada_v.Config | unified.Config | vq.Config | vision.Config | scorer.Config,
+    Field(discriminator="type"),
 ]
 """Any network in a training configuration, told apart by ``type``."""
 

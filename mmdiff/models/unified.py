@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from mmdiff.batch import Layout
 from mmdiff.config import Field, config
+from mmdiff.images import Tiling
 from mmdiff.models.llada import Config as LanguageConfig
 from mmdiff.models.llada_v import LLaDAV
 from mmdiff.models.vision import Config as VisionConfig
@@ -50,6 +51,16 @@ class Config:
     """The tower that reads images."""
     codes: CodesConfig
     """The image tokens that are drawn."""
+    tiling: Tiling | None = None
+    """How pictures become crops and image tokens; null: every picture is one square."""
+    system: str = ""
+    """System message of conversations that have none of their own; empty: none."""
+    max_tokens: int | None = Field(None, gt=0)
+    """Longest sequence after images are expanded; longer ones are cut. Null: never."""
+
+    def __post_init__(self) -> None:
+        if self.tiling is not None:
+            self.tiling.canvases(self.vision.image_size)
 
     def with_width(self, width: int) -> Config:
         """The same model with a backbone of another width; the tower is scaled by the same ratio."""

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from mmdiff.config import Field, config
 from mmdiff.errors import ConfigError
+from mmdiff.models.base import PretrainedModule
 
 __all__ = ["Config", "SiglipTower", "connector"]
 
@@ -130,14 +131,20 @@ class Layer(nn.Module):
         return x + self.mlp(self.layer_norm2(x))
 
 
-class SiglipTower(nn.Module):
+class SiglipTower(PretrainedModule):
     """Pixels to patch features: the state after the last kept layer.
 
     ``post_layernorm`` is part of the published weights; where it is not applied it is kept so that a checkpoint
     survives conversion in both directions.
+
+    Args:
+        config: Shape.
+        generator: Draws the initial weights; None leaves PyTorch's allocation.
     """
 
-    def __init__(self, config: Config) -> None:
+    config: Config
+
+    def __init__(self, config: Config, *, generator: torch.Generator | None = None) -> None:
         super().__init__()
         self.config = config
         self.embeddings = Embeddings(config)
@@ -145,6 +152,8 @@ class SiglipTower(nn.Module):
         self.encoder.layers = nn.ModuleList(Layer(config) for _ in range(config.depth))
         self.post_layernorm = nn.LayerNorm(config.width, eps=config.norm_eps)
         self.post_layernorm.requires_grad_(config.post_norm)
+        if generator is not None:
+            self.init_(generator)
 
     def forward(self, pixels: Float[Tensor, "M 3 S S"]) -> Float[Tensor, "M N D"]:
         """Features of M images in [-1, 1].
@@ -172,6 +181,9 @@ class SiglipTower(nn.Module):
         nn.init.zeros_(cast("Tensor", conv.bias))
         nn.init.normal_(self.embeddings.position_embedding.weight, 0.0, self.config.width**-0.5, generator=generator)
         return self
+
+
+SiglipTower.Config = Config
 
 
 def connector(vision_width: int, width: int, *, generator: torch.Generator | None = None) -> nn.Sequential:

@@ -88,13 +88,17 @@ LLADA_V: dict[str, Any] = {
     },
 }
 
-CONFIGS = {"olmo": OLMO, "llama": LLAMA, "llada-v": LLADA_V}
+SIGLIP: dict[str, Any] = {**LLADA_V["vision_config"], "model_type": "siglip_vision_model"}
+
+CONFIGS = {"olmo": OLMO, "llama": LLAMA, "llada-v": LLADA_V, "siglip": SIGLIP}
 
 
 def shapes(layout: str, tree: dict[str, Any]) -> Shapes:
     """Every published key of a layout with its shape."""
     if layout == "olmo":
         return olmo_shapes(tree)
+    if layout == "siglip":
+        return tower_shapes("vision_model", tree)
     return llama_shapes(tree) | (vision_shapes(tree) if layout == "llada-v" else {})
 
 
@@ -141,14 +145,19 @@ def llama_shapes(c: dict[str, Any]) -> Shapes:
 def vision_shapes(c: dict[str, Any]) -> Shapes:
     d = c["hidden_size"]
     t = c.get("vision_config") or SO400M
-    w, f, p = t["hidden_size"], t["intermediate_size"], t["patch_size"]
-    top = "model.vision_tower.vision_tower.vision_model"
     out: Shapes = {
         "model.image_newline": (d,),
-        "model.mm_projector.0.weight": (d, w),
+        "model.mm_projector.0.weight": (d, t["hidden_size"]),
         "model.mm_projector.0.bias": (d,),
         "model.mm_projector.2.weight": (d, d),
         "model.mm_projector.2.bias": (d,),
+    }
+    return out | tower_shapes("model.vision_tower.vision_tower.vision_model", t)
+
+
+def tower_shapes(top: str, t: dict[str, Any]) -> Shapes:
+    w, f, p = t["hidden_size"], t["intermediate_size"], t["patch_size"]
+    out: Shapes = {
         f"{top}.embeddings.patch_embedding.weight": (w, 3, p, p),
         f"{top}.embeddings.patch_embedding.bias": (w,),
         f"{top}.embeddings.position_embedding.weight": ((t["image_size"] // p) ** 2, w),
@@ -166,7 +175,14 @@ def vision_shapes(c: dict[str, Any]) -> Shapes:
     return out
 
 
-SO400M = {"hidden_size": 1152, "intermediate_size": 4304, "patch_size": 14, "image_size": 384, "num_hidden_layers": 27}
+SO400M = {
+    "hidden_size": 1152,
+    "image_size": 384,
+    "intermediate_size": 4304,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 27,
+    "patch_size": 14,
+}
 
 
 def weights(layout: str, tree: dict[str, Any], seed: int = 0) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from mmdiff.io.checkpoint import match, read_tensors, verify_manifest
 from mmdiff.io.convert import convert
 from mmdiff.io.layouts import LAYOUTS
 from mmdiff.io.tensors import TensorInfo
-from mmdiff.models import llada, llada_v
+from mmdiff.models import llada, llada_v, vision
 from mmdiff.models.registry import build, load_model
 from tests.helpers import published
 
@@ -31,7 +31,10 @@ FULL_OLMO = published.OLMO | {
 FULL_V = {k: v for k, v in published.LLADA_V.items() if k not in ("vision_config", "mask_token_id")} | {
     "eos_token_id": 126081,
     "hidden_size": 4096,
+    "image_aspect_ratio": "anyres_max_4",
+    "image_grid_pinpoints": "(1x1),...,(6x6)",
     "intermediate_size": 12288,
+    "mm_patch_merge_type": "spatial_unpad",
     "max_position_embeddings": 16384,
     "mm_hidden_size": 1152,
     "mm_vision_tower": "google/siglip2-so400m-patch14-384",
@@ -57,7 +60,7 @@ def test_r25_converting_there_and_back_gives_the_same_keys_dtypes_bytes_and_fiel
     there = convert(tmp_path / "src", tmp_path / "ours")
     assert (there.source, there.target, there.tensors) == (layout, "mmdiff", len(tensors))
     assert load_model(tmp_path / "ours").config.type == LAYOUTS[layout].family
-    back = convert(tmp_path / "ours", tmp_path / "back", max_shard_bytes=12_000)
+    back = convert(tmp_path / "ours", tmp_path / "back", max_shard_bytes=4_000)
     assert (back.source, back.target) == ("mmdiff", layout)
     assert len(back.files) > 2
     assert same_bytes(dict(read_tensors(tmp_path / "back")), tensors)
@@ -83,6 +86,29 @@ def test_r25_every_published_key_of_the_8b_models_is_consumed_exactly_once(tmp_p
     assert sorted(pairs.values()) == sorted(module.state_dict())
     assert sum(i.nbytes for i in info.values()) == 2 * count
     assert layout != "olmo" or len(info) == 291
+
+
+def test_the_tower_of_a_whole_siglip_is_read_and_every_other_key_is_on_the_list_of_unused_ones(tmp_path):
+    tree = {"model_type": "siglip", "text_config": {}, "vision_config": published.SO400M}
+    config = LAYOUTS["siglip"].read(tree, {})
+    assert config == vision.Config()
+    kept = published.tower_shapes("vision_model", published.SO400M)
+    last = {k.replace(".25.", ".26."): s for k, s in kept.items() if ".25." in k}
+    others = {"vision_model.head.probe": (1, 1, 1152), "text_model.head.bias": (1152,), "logit_scale": (1,)}
+    info = {k: TensorInfo(shape=s, dtype=torch.float32, file=tmp_path) for k, s in (kept | last | others).items()}
+    module = build(config, device="meta")
+    pairs = match(module, info, LAYOUTS["siglip"].keys.forward, LAYOUTS["siglip"].unused(config), "so400m")
+    assert list(pairs) == list(kept)
+    assert sorted(pairs.values()) == sorted(module.state_dict())
+    assert sum(p.numel() for p in module.parameters()) == 397_747_744
+    with pytest.raises(CheckpointError, match="1 unexpected: stranger"):
+        match(
+            module,
+            info | {"stranger": info["logit_scale"]},
+            LAYOUTS["siglip"].keys.forward,
+            LAYOUTS["siglip"].unused(config),
+            "so400m",
+        )
 
 
 def test_r25_extra_missing_and_wrong_shaped_published_keys_are_listed(tmp_path):

@@ -12,7 +12,7 @@ from mmdiff import rng
 from mmdiff.config import config, parse
 from mmdiff.errors import CheckpointError, ConfigError
 from mmdiff.io import folder as folders
-from mmdiff.models import llada, llada_v, scorer, unified, vq
+from mmdiff.models import llada, llada_v, scorer, unified, vision, vq
 from mmdiff.models.llada import LLaDA
 from mmdiff.models.llada_v import LLaDAV
 from mmdiff.models.registry import FAMILIES, ModelConfig, build, identify, load_model, save_folder
@@ -38,6 +38,7 @@ TREES = {
     "llada_v": {"type": "llada_v", "language": LANGUAGE, "vision": VISION},
     "unified": {"type": "unified", "language": LANGUAGE, "vision": VISION, "codes": {"codebook": 9, "grid": 2}},
     "vq": {"type": "vq", "image_size": 16, "widths": [8, 16], "levels": [3, 4]},
+    "siglip": {"type": "siglip", **VISION},
     "scorer": {"type": "scorer", "vocab_size": 20, "image_size": 16, "widths": [8, 16], "width": 8},
 }
 CONFIGS = {name: parse(FAMILIES[name].config, tree, name) for name, tree in TREES.items()}
@@ -236,5 +237,5 @@ def test_loading_says_nothing_when_there_is_nothing_to_say(tmp_path, caplog):
 
 
 def test_every_family_is_in_the_table_and_in_the_union():
-    assert [FAMILIES[n].config for n in FAMILIES] == [m.Config for m in (llada, llada_v, unified, vq, scorer)]
+    assert [FAMILIES[n].config for n in FAMILIES] == [m.Config for m in (llada, llada_v, unified, vq, vision, scorer)]
     assert all(configs.to_dict(c)["type"] == name for name, c in CONFIGS.items())

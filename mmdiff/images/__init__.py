@@ -1,0 +1,41 @@
+"""Images in and out: safe decoding, crops and their image tokens, contact sheets.
+
+`decoding` turns whatever a user hands in into RGB and pixels; `tiles` cuts a picture of any shape, several pictures or
+a video into square crops; `views` says how the features of those crops become image tokens; `sheets` writes.
+"""
+
+from mmdiff.images.decoding import (
+    Fit,
+    ImageInput,
+    Limits,
+    decode,
+    open_image,
+    redact,
+    to_pixels,
+    to_uint8,
+)
+from mmdiff.images.sheets import encode_png, grid
+from mmdiff.images.tiles import Crops, Tiling, cut, film, sample_frames
+from mmdiff.images.views import Flat, Frames, Tiles, View
+
+__all__ = [
+    "Crops",
+    "Fit",
+    "Flat",
+    "Frames",
+    "ImageInput",
+    "Limits",
+    "Tiles",
+    "Tiling",
+    "View",
+    "cut",
+    "decode",
+    "encode_png",
+    "film",
+    "grid",
+    "open_image",
+    "redact",
+    "sample_frames",
+    "to_pixels",
+    "to_uint8",
+]
