@@ -9,13 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 from mmdiff.errors import SampleError
+from mmdiff.text import PLACEHOLDER
 
 from .reader import Sample
 
-__all__ = ["PLACEHOLDER", "read_conversation"]
-
-PLACEHOLDER = "<image>"
-"""Where LLaVA's texts put the image."""
+__all__ = ["read_conversation"]
 
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-__all__ = ["IGNORE", "IMAGE", "Batch", "Example", "Layout", "collate"]
+__all__ = ["IGNORE", "IMAGE", "Batch", "Example", "Layout", "collate", "expand"]
 
 IMAGE = -200
 """Placeholder id of a vision feature (published code of LLaVA and LLaDA-V)."""
@@ -134,3 +134,30 @@ def collate(examples: Sequence[Example]) -> Batch:
         valid=stack([torch.ones(len(e.ids), dtype=torch.bool) for e in examples], False),
         pixels=torch.cat(pixels) if pixels else None,
     )
+
+
+def expand(ids: Sequence[int], labels: Sequence[int], slots: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Give every image its slots: each `IMAGE` becomes as many, with nothing to learn there.
+
+    Args:
+        ids: One `IMAGE` per image.
+        labels: As many as ids.
+        slots: Image tokens of each image, in order.
+
+    Returns:
+        The longer ids and labels.
+
+    Raises:
+        ValueError: Another number of images than ``slots``, or of labels than ids.
+    """
+    out: tuple[list[int], list[int]] = ([], [])
+    left = iter(slots)
+    for i, label in zip(ids, labels, strict=True):
+        count = next(left, None) if i == IMAGE else 1
+        if count is None:
+            raise ValueError(f"more image placeholders than the {len(slots)} images")
+        out[0].extend([i] * count)
+        out[1].extend([IGNORE if i == IMAGE else label] * count)
+    if unused := list(left):
+        raise ValueError(f"{len(unused)} of {len(slots)} images have no placeholder")
+    return out

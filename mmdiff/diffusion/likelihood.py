@@ -7,6 +7,7 @@ in.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 
 from mmdiff import rng
 
-__all__ = ["log_likelihood", "masked_counts", "masked_loss", "stratified_masks"]
+__all__ = ["Revealed", "confidence_score", "log_likelihood", "masked_counts", "masked_loss", "stratified_masks"]
 
 Logits = Callable[[Bool[Tensor, "b L"]], Float[Tensor, "b L V"]]
 """Logits at the L answer slots when the slots of the mask are masked."""
@@ -29,7 +30,8 @@ def masked_counts(first: int, length: int, batch: int) -> Int[Tensor, "b"]:
 
     Source: LLaDA (arXiv 2502.09992), published likelihood code (rounds half to even).
     """
-    steps = torch.linspace(first, first + (batch - 1) * length / batch, batch, dtype=torch.float64).round().long()
+    last = first + (batch - 1) * (length / batch)
+    steps = torch.linspace(first, last, batch, dtype=torch.float32).round().long()  # float32 as published
     return (steps - 1) % length + 1
 
 
@@ -61,6 +63,41 @@ def masked_loss(
     b, length = masked.shape
     losses = F.cross_entropy(logits.float().flatten(0, 1), answer.repeat(b), reduction="none").view(b, length)
     return (losses * masked).sum(1) * length / masked.sum(1)
+
+
+@dataclass(frozen=True)
+class Revealed:
+    """An answer revealed token by token.
+
+    Attributes:
+        losses: Float32 [L]; cross-entropy of each token when it was revealed, in that order, in nats.
+        order: Int64 [L]; places of the tokens, in that order.
+    """
+
+    losses: Float[Tensor, "L"]
+    order: Int[Tensor, "L"]
+
+
+def confidence_score(logits: Logits, answer: Int[Tensor, "L"]) -> Revealed:
+    """Reveal the true tokens of an answer one by one, always the one of smallest cross-entropy; L passes.
+
+    Minus the sum of the losses is a score without draws; it is no estimate of log p, but favours the easiest order.
+
+    Args:
+        logits: The network.
+        answer: Int64 [L].
+
+    Source: iLLaDA's published evaluation code.
+    """
+    masked = torch.ones(1, len(answer), dtype=torch.bool, device=answer.device)
+    losses, order = [], []
+    for _ in range(len(answer)):
+        entropy = F.cross_entropy(logits(masked)[0].float(), answer, reduction="none")
+        place = entropy.masked_fill(~masked[0], torch.inf).argmin()
+        losses.append(entropy[place])
+        order.append(place)
+        masked[0, place] = False
+    return Revealed(torch.stack(losses), torch.stack(order))
 
 
 def log_likelihood(logits: Logits, answer: Int[Tensor, "L"], masks: list[Bool[Tensor, "_ L"]]) -> float:

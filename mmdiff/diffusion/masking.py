@@ -14,6 +14,8 @@ from torch import Tensor
 
 __all__ = [
     "EPS",
+    "dialogue_causal",
+    "dialogue_turns",
     "exact_count_mask",
     "independent_mask",
     "mask_probability",
@@ -83,6 +85,33 @@ def uniform_count_mask(
     """
     n = maskable.sum(1)
     return _smallest(torch.minimum((t * n).long() + 1, n), u, maskable)
+
+
+def dialogue_turns(labels: Int[Tensor, "B L"], header_id: int, assistant_id: int) -> Int[Tensor, "B L"]:
+    """The turn of every position: one more at each message that follows an answer and is none itself.
+
+    Args:
+        labels: Int64 [B, L] in which the special tokens of the template are labelled, as LLaDA-V's training has them.
+        header_id: The id that starts a message's header.
+        assistant_id: The id that follows it in an answer.
+
+    Source: LLaDA-V's published ``conversation_mask``.
+    """
+    starts = labels == header_id
+    answers = starts & (labels.roll(-1, dims=1) == assistant_id)
+    answers[:, -1] = False
+    grows = torch.zeros_like(labels)
+    for row, places in enumerate(starts):
+        at = places.nonzero().flatten()
+        follows = torch.zeros_like(at, dtype=torch.bool)
+        follows[1:] = answers[row, at[:-1]]
+        grows[row, at] = (follows & ~answers[row, at]).long()
+    return grows.cumsum(1)
+
+
+def dialogue_causal(turns: Int[Tensor, "B L"]) -> Bool[Tensor, "B L L"]:
+    """Which key (second axis) a query (first) may see: those of its own and of earlier turns."""
+    return turns[:, None, :] <= turns[:, :, None]
 
 
 def _smallest(count: Int[Tensor, "B"], u: Float[Tensor, "B L"], maskable: Bool[Tensor, "B L"]) -> Bool[Tensor, "B L"]:

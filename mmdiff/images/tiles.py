@@ -89,13 +89,17 @@ class Crops:
         return Crops(self.pixels.to(target), self.view)
 
 
-def cut(pictures: Sequence[ImageInput], size: int, tiling: Tiling | None = None) -> list[Crops]:
+def cut(
+    pictures: Sequence[ImageInput], size: int, tiling: Tiling | None = None, *, compat: str | None = None
+) -> list[Crops]:
     """The pictures of one prompt as crops.
 
     Args:
         pictures: Anything `open_image` takes.
         size: Side of a crop in pixels.
         tiling: How; None: every picture squeezed to one square, without newline tokens.
+        compat: ``"reference"``: pictures of one crop get no newline token, as in LLaDA-V's published evaluation; in its
+            training, and here by default, they do.
 
     Returns:
         One `Crops` per picture.
@@ -111,7 +115,8 @@ def cut(pictures: Sequence[ImageInput], size: int, tiling: Tiling | None = None)
         return [_tiled(opened[0], size, tiling)]
     if len(opened) > 1 or tiling.crops == "pad":
         opened = [_padded(p) for p in opened]
-    return [Crops(to_pixels(p, size)[None], Flat(newline=tiling.newlines)) for p in opened]
+    newline = tiling.newlines and compat != "reference"
+    return [Crops(to_pixels(p, size)[None], Flat(newline=newline)) for p in opened]
 
 
 def film(frames: Sequence[ImageInput], size: int, tiling: Tiling) -> Crops:

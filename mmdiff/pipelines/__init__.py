@@ -6,8 +6,9 @@ A top-level list is always a batch and gives a list in the same order. Nothing h
 
 from mmdiff.pipelines.base import Checkpoint, Pipeline, load
 from mmdiff.pipelines.image import ImageGenerator, ImageOutput
+from mmdiff.pipelines.prompts import Video
 from mmdiff.pipelines.text import TextGenerator
-from mmdiff.pipelines.vision import Video, VisionLanguage
+from mmdiff.pipelines.vision import VisionLanguage
 
 __all__ = [
     "Checkpoint",

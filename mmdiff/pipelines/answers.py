@@ -7,45 +7,50 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from mmdiff.batch import IMAGE
-from mmdiff.errors import CheckpointError
+from mmdiff.errors import ConfigError
 from mmdiff.pipelines.base import Checkpoint
+from mmdiff.pipelines.prompts import Prompt, Prompter
 from mmdiff.pipelines.words import TextWords, report_steps, sources, with_defaults
-from mmdiff.sampling import Canvas, Decoded, Step, TextBackbone, decode, layout, steps
+from mmdiff.sampling import Canvas, Decoded, Step, TextBackbone, layout, steps
 from mmdiff.sampling.presets import Parts, text_parts
-from mmdiff.text import Tokenizer
 
-__all__ = ["MASK_SIGN", "Answers", "place_images", "tokenizer_of"]
+__all__ = ["MASK_SIGN", "Answers", "check_length", "place_images"]
 
 MASK_SIGN = "░"
 """Shown for a token that is not decided yet, in drafts."""
 _GEN_LENGTH = 128
 
 
-def tokenizer_of(checkpoint: Checkpoint) -> Tokenizer:
-    """The checkpoint's tokenizer.
-
-    Raises:
-        CheckpointError: There is none.
-    """
-    if checkpoint.tokenizer is None:
-        raise CheckpointError("the checkpoint's folder holds no tokenizer.json")
-    return checkpoint.tokenizer
-
-
-def place_images(canvas: Canvas, model: Any, pixels: Tensor | None) -> Canvas:
-    """The canvas with image features in the slots of `IMAGE` ids (row by row, in order)."""
+def place_images(canvas: Canvas, model: Any, images: Sequence[Any] | None) -> Canvas:
+    """The canvas with image tokens in the slots of `IMAGE` ids (row by row, in order)."""
     given = canvas.tokens == IMAGE
-    if pixels is None or not bool(given.any()):
+    if not images or not bool(given.any()):
         return canvas
-    first = next(model.parameters())
     with torch.no_grad():
-        canvas.embeds = model.embed_slots(canvas.tokens, pixels.to(first))
+        canvas.embeds = model.embed_slots(canvas.tokens, images)
     canvas.given = given
     canvas.tokens = canvas.tokens.masked_fill(given, 0)
     return canvas
+
+
+def check_length(checkpoint: Checkpoint, canvas: Canvas) -> None:
+    """Refuse a row with more slots than the network has positions.
+
+    Raises:
+        ConfigError: There is one; its prompt and the room it leaves are named.
+    """
+    config: Any = getattr(checkpoint.model, "config", None)
+    most = getattr(getattr(config, "language", config), "max_length", None)
+    longest = int(canvas.valid.sum(1).max())
+    if most is not None and longest > most:
+        prompt = int(canvas.valid[:, : canvas.start].sum(1).max())
+        raise ConfigError(
+            f"the longest prompt has {prompt:,} tokens, images included, and {canvas.tokens.shape[1] - canvas.start:,} "
+            f"are to follow; the model has {most:,} positions: shorten the text, show fewer or smaller images, or "
+            "lower gen_length"
+        )
 
 
 @dataclass
@@ -68,7 +73,8 @@ class Answers:
         self.seeds, self.generator = options.pop("seeds", None), options.pop("generator", None)
         self.callback = report_steps(self.owner, options.pop("callback_on_step_end", None))
         self.options = options
-        self.tokenizer = tokenizer_of(self.checkpoint)
+        self.prompter = Prompter(self.checkpoint, options.get("compat"))
+        self.tokenizer = self.prompter.tokenizer
         self.end_ids = (self.tokenizer.eos_id, self.tokenizer.eot_id)
         self.backbone = TextBackbone(self.checkpoint.model)
 
@@ -76,28 +82,34 @@ class Answers:
         """Parts of the engine for answers of at most ``gen_length`` tokens."""
         return text_parts(gen_length=gen_length, end_ids=self.end_ids, forbid=self._forbidden(), **self.options)
 
-    def canvas(self, prompts: Sequence[Sequence[int]], pixels: Tensor | None = None) -> Canvas:
-        """Prompts followed by masks."""
-        rows = [[None] * self.gen_length] * len(prompts)
-        blank = self.lay_out(prompts, rows)
-        return place_images(blank, self.checkpoint.model, pixels)
+    def canvas(self, prompts: Sequence[Prompt]) -> Canvas:
+        """Prompts followed by masks.
 
-    def lay_out(self, prompts: Sequence[Sequence[int]], rows: Sequence[Sequence[int | None]]) -> Canvas:
-        """Prompts followed by given and open slots."""
-        return layout(
-            prompts,
-            rows,
-            mask_id=self.backbone.mask_id,
-            pad_id=self.tokenizer.pad_id,
-            device=self.checkpoint.device,
+        Raises:
+            ConfigError: A prompt is too long for the model.
+        """
+        rows = [[*p.tail, *[None] * self.gen_length] for p in prompts]
+        return self.lay_out([p.ids for p in prompts], rows, [i for p in prompts for i in p.images])
+
+    def lay_out(
+        self, prompts: Sequence[Sequence[int]], rows: Sequence[Sequence[int | None]], images: Sequence[Any] = ()
+    ) -> Canvas:
+        """Prompts followed by given and open slots; errors as in `canvas`."""
+        blank = layout(
+            prompts, rows, mask_id=self.backbone.mask_id, pad_id=self.tokenizer.pad_id, device=self.checkpoint.device
         )
+        if self.options.get("compat") != "reference":
+            check_length(self.checkpoint, blank)
+        return place_images(blank, self.checkpoint.model, images)
 
     def run(self, canvas: Canvas, parts: Parts | None = None) -> Decoded:
         """Decode."""
-        parts = parts or self.parts(self.gen_length)
-        done = decode(self.backbone, canvas=canvas, **self._drawn(canvas), **parts.arguments(), callback=self.callback)
-        self.owner.trace = done.trace
-        return done
+        run = self._steps(canvas, parts or self.parts(self.gen_length))
+        while True:
+            try:
+                next(run)
+            except StopIteration as end:
+                return end.value
 
     def texts(self, canvas: Canvas) -> list[str]:
         """Decode and read the answers."""
@@ -105,15 +117,23 @@ class Answers:
 
     def drafts(self, canvas: Canvas) -> Iterator[str]:
         """The single answer after every pass; the last one is final."""
-        for step in self._steps(canvas):
+        for step in self._steps(canvas, self.parts(self.gen_length)):
             yield self.draft(step)
 
     def feed(self, canvas: Canvas, streamer: Any) -> str:
-        """Decode the single answer, showing every pass to a ``put_draft`` / ``put`` / ``end`` streamer."""
+        """Decode the single answer, showing it to an object like transformers' ``TextDiffusionStreamer``.
+
+        ``put_draft`` gets the canvas after every pass (if the streamer has it), ``put`` the answer, then comes ``end``.
+        A streamer that skips the prompt is given the prompt's text first, as it expects.
+        """
         final: list[int] = []
-        for step in self._steps(canvas):
+        if getattr(streamer, "skip_prompt", False):
+            prompt = canvas.tokens[0, : canvas.start]
+            streamer.put(prompt[canvas.valid[0, : canvas.start]].cpu())
+        for step in self._steps(canvas, self.parts(self.gen_length)):
             final = step.canvas.tokens[0, canvas.start :].tolist()
-            streamer.put_draft(torch.tensor(final))
+            if hasattr(streamer, "put_draft"):
+                streamer.put_draft(torch.tensor(final))
         streamer.put(torch.tensor(self.cut(final)))
         streamer.end()
         return self.read(final)
@@ -149,8 +169,16 @@ class Answers:
         published = self.options.get("preset") == "exact" or self.options.get("compat") == "reference"
         return () if published else frame
 
-    def _drawn(self, canvas: Canvas) -> dict[str, Any]:
-        return {"generators": sources(len(canvas), "text", self.seeds, self.generator)}
-
-    def _steps(self, canvas: Canvas) -> Generator[Step, None, Decoded]:
-        return steps(self.backbone, canvas=canvas, **self._drawn(canvas), **self.parts(self.gen_length).arguments())
+    def _steps(self, canvas: Canvas, parts: Parts) -> Generator[Step, None, Decoded]:
+        """The passes; each is reported to the user's callback, and the cost of all is kept."""
+        draws = sources(len(canvas), "text", self.seeds, self.generator)
+        run = steps(self.backbone, canvas=canvas, generators=draws, **parts.arguments())
+        while True:
+            try:
+                step = next(run)
+            except StopIteration as end:
+                self.owner.trace = end.value.trace
+                return end.value
+            if self.callback is not None:
+                self.callback(step)
+            yield step

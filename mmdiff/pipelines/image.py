@@ -13,8 +13,8 @@ from torch import Tensor
 
 from mmdiff.errors import ConfigError
 from mmdiff.images import to_pixels, to_uint8
-from mmdiff.pipelines.answers import tokenizer_of
 from mmdiff.pipelines.base import Pipeline
+from mmdiff.pipelines.prompts import tokenizer_of
 from mmdiff.pipelines.words import Generators, ImageWords, report_steps, sources, with_defaults, zip_batches
 from mmdiff.sampling import Canvas, CodeBackbone, Decoded, decode, layout
 from mmdiff.sampling.presets import image_parts

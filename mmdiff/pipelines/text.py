@@ -6,19 +6,15 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Unpack, overload
 
-import torch
-
-from mmdiff import rng
-from mmdiff.diffusion.likelihood import log_likelihood, stratified_masks
 from mmdiff.errors import ConfigError
-from mmdiff.pipelines.answers import Answers, place_images, tokenizer_of
-from mmdiff.pipelines.base import Checkpoint, Pipeline
-from mmdiff.pipelines.words import TextWords, batch_of, zip_batches
-from mmdiff.sampling import Constraint, TextBackbone, Whole, layout
+from mmdiff.pipelines.answers import Answers
+from mmdiff.pipelines.base import Pipeline
+from mmdiff.pipelines.prompts import Message, Prompt, tokenizer_of
+from mmdiff.pipelines.scoring import Scoring, score_answer
+from mmdiff.pipelines.words import ScoreWords, TextWords, batch_of, literal, with_defaults, zip_batches
+from mmdiff.sampling import Constraint, Whole
 
-__all__ = ["TextGenerator", "converse", "score_answer"]
-
-Message = Mapping[str, Any]
+__all__ = ["TextGenerator", "converse", "fill"]
 
 
 class TextGenerator(Pipeline):
@@ -49,14 +45,14 @@ class TextGenerator(Pipeline):
         """
         prompts, many = batch_of(prompt)
         answers = Answers(self, self.checkpoint, words)
-        texts = answers.texts(answers.canvas([answers.tokenizer.encode(_text(p)) for p in prompts]))
+        texts = answers.texts(answers.canvas([Prompt(answers.tokenizer.encode(literal(p)), [], []) for p in prompts]))
         return texts if many else texts[0]
 
     def chat(
         self, messages: Sequence[Message] | Sequence[Sequence[Message]], stream: Any = False, **words: Unpack[TextWords]
     ) -> str | list[str] | Iterator[str]:
         """Answer a conversation; arguments and result as in `VisionLanguage.chat`, without images."""
-        return converse(self, messages, stream, words, pixels=lambda images: None, slots=0)
+        return converse(self, messages, stream, words)
 
     @overload
     def infill(self, text: str, mask: str = ..., tokens_per_mask: int = ..., **words: Unpack[TextWords]) -> str: ...
@@ -81,27 +77,19 @@ class TextGenerator(Pipeline):
         Raises:
             ConfigError: A text without a gap, or an option without meaning.
         """
-        if "gen_length" in words or "block_length" in words:
-            raise ConfigError("infill: the gaps say how much is generated; drop gen_length and block_length")
-        if not mask or tokens_per_mask < 1:
-            raise ConfigError(f"infill: mask {mask!r} must not be empty, tokens_per_mask {tokens_per_mask} at least 1")
         texts, many = batch_of(text)
         answers = Answers(self, self.checkpoint, words)
-        rows = [_gaps(_text(t), mask, tokens_per_mask, answers.tokenizer.encode) for t in texts]
-        canvas = answers.lay_out([[]] * len(rows), rows)
-        gaps = max(sum(slot is None for slot in row) for row in rows)
-        parts = dataclasses.replace(
-            answers.parts(gaps),
-            blocks=Whole(),
-            exit=None,
-            constraint=Constraint(forbid=tuple(sorted(answers.tokenizer.special_ids))),
-        )
-        done = answers.run(canvas, parts).canvas
-        out = [answers.tokenizer.decode(r[v].tolist()) for r, v in zip(done.tokens, done.valid, strict=True)]
+        nothing = [Prompt([], [], [])] * len(texts)
+        out = fill(answers, nothing, [literal(t) for t in texts], mask, tokens_per_mask)
         return out if many else out[0]
 
     def loglikelihood(
-        self, prompt: str | Sequence[str], answer: str | Sequence[str], samples: int = 128, seed: int = 0
+        self,
+        prompt: str | Sequence[str],
+        answer: str | Sequence[str],
+        samples: int = 128,
+        seed: int = 0,
+        **words: Unpack[ScoreWords],
     ) -> float | list[float]:
         """Estimate of log p(answer | prompt) in nats, summed over the answer's tokens.
 
@@ -110,94 +98,65 @@ class TextGenerator(Pipeline):
             answer: What follows, or a list; nothing is appended to it.
             samples: Masks drawn.
             seed: Of the masks; the same for every item.
+            **words: ``method``, ``guidance`` and ``batch_size`` of `mmdiff.pipelines.scoring.Scoring`.
 
         Returns:
             The estimate, or a list of them.
         """
         pairs, many = zip_batches(prompt=prompt, answer=answer)
         encode = tokenizer_of(self.checkpoint).encode
-        values = [score_answer(self.checkpoint, encode(_text(p)), encode(_text(a)), samples, seed) for p, a in pairs]
+        how = Scoring(samples=samples, seed=seed, **with_defaults(words, {}, ScoreWords))
+        values = [score_answer(self.checkpoint, encode(literal(p)), encode(literal(a)), how) for p, a in pairs]
         return values if many else values[0]
 
 
-def score_answer(
-    checkpoint: Checkpoint,
-    prompt: Sequence[int],
-    answer: Sequence[int],
-    samples: int,
-    seed: int,
-    pixels: torch.Tensor | None = None,
-    batch: int = 16,
-) -> float:
-    """Estimate of log p(answer | prompt, images) in nats.
-
-    Source: LLaDA (arXiv 2502.09992), published likelihood code: stratified numbers of masked tokens.
-
-    Raises:
-        ConfigError: An empty answer, or no samples.
-    """
-    if not answer or samples < 1:
-        raise ConfigError(
-            f"loglikelihood: the answer has {len(answer)} tokens and samples is {samples}; both at least 1"
-        )
-    backbone = TextBackbone(checkpoint.model)
-    canvas = layout([prompt], [list(answer)], mask_id=backbone.mask_id, device=checkpoint.device)
-    canvas = place_images(canvas, checkpoint.model, pixels)
-    index = torch.arange(canvas.start, canvas.tokens.shape[1], device=checkpoint.device)
-
-    def logits(masked: torch.Tensor) -> torch.Tensor:
-        rows = canvas.select(torch.zeros(len(masked), dtype=torch.long, device=masked.device))
-        rows.tokens[:, canvas.start :].masked_fill_(masked, backbone.mask_id)
-        return backbone.forward(rows, index.expand(len(masked), -1))
-
-    masks = stratified_masks(len(answer), samples, batch, rng.generator(seed, "likelihood"))
-    with torch.no_grad():
-        return log_likelihood(logits, torch.tensor(answer, device=checkpoint.device), masks)
-
-
-def converse(
-    owner: Pipeline,
-    messages: Any,
-    stream: Any,
-    words: TextWords,
-    *,
-    pixels: Any,
-    slots: int,
-) -> str | list[str] | Iterator[str]:
-    """Answer one conversation or a batch of them; ``pixels`` turns all images in order into a tensor."""
+def converse(owner: Pipeline, messages: Any, stream: Any, words: TextWords) -> str | list[str] | Iterator[str]:
+    """Answer one conversation or a batch of them."""
     if not messages:
         raise ConfigError("chat: no messages; give at least one from the user")
     many = not isinstance(messages[0], Mapping)
-    batch = messages if many else [messages]
+    if many and stream:
+        raise ConfigError("chat: stream shows one conversation; give a single list of messages")
     answers = Answers(owner, owner.checkpoint, words)
-    prompts = [answers.tokenizer.chat(_plain(m), slots).ids for m in batch]
-    images = [p["image"] for m in batch for p in _image_parts(m)]
-    canvas = answers.canvas(prompts, pixels(images))
-    if stream is False or stream is None:
+    canvas = answers.canvas([answers.prompter.conversation(m) for m in (messages if many else [messages])])
+    if not stream:
         texts = answers.texts(canvas)
         return texts if many else texts[0]
-    if many:
-        raise ConfigError("chat: stream shows one conversation; give a single list of messages")
     return answers.drafts(canvas) if stream is True else answers.feed(canvas, stream)
 
 
-def _plain(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """Messages without the pictures themselves."""
-    out = []
-    for message in messages:
-        content = message.get("content")
-        if isinstance(content, (list, tuple)):
-            content = [{"type": "image"} if p.get("type") == "image" else p for p in content]
-        out.append({"role": message.get("role"), "content": content})
-    return out
+def fill(
+    answers: Answers, prompts: Sequence[Prompt], texts: Sequence[str], mask: str, tokens: int, *, ended: bool = False
+) -> list[str]:
+    """Texts after prompts with their gaps filled.
 
+    Args:
+        answers: Options and checkpoint.
+        prompts: One per text; may be empty.
+        texts: Texts with gaps.
+        mask: What a gap looks like.
+        tokens: Tokens per gap.
+        ended: Whether the end of a turn follows each text.
 
-def _image_parts(messages: Sequence[Message]) -> list[Mapping[str, Any]]:
-    parts = [p for m in messages if isinstance(m.get("content"), (list, tuple)) for p in m["content"]]
-    found = [p for p in parts if p.get("type") == "image"]
-    if any("image" not in p for p in found):
-        raise ConfigError('chat: an image part needs its picture: {"type": "image", "image": ...}')
-    return found
+    Raises:
+        ConfigError: A text without a gap, or an option without meaning.
+    """
+    if "gen_length" in answers.words or "block_length" in answers.words:
+        raise ConfigError("infill: the gaps say how much is generated; drop gen_length and block_length")
+    if not mask or tokens < 1:
+        raise ConfigError(f"infill: mask {mask!r} must not be empty, tokens_per_mask {tokens} at least 1")
+    end = [answers.tokenizer.eot_id] if ended else []
+    rows = [_gaps(t, mask, tokens, answers.tokenizer.encode) + end for t in texts]
+    canvas = answers.lay_out([p.ids for p in prompts], rows, [i for p in prompts for i in p.images])
+    parts = dataclasses.replace(
+        answers.parts(max(sum(slot is None for slot in row) for row in rows)),
+        blocks=Whole(),
+        exit=None,
+        constraint=Constraint(forbid=tuple(sorted(answers.tokenizer.special_ids))),
+    )
+    done = answers.run(canvas, parts).canvas
+    ids, real = done.tokens[:, done.start :], done.valid[:, done.start :]
+    return [answers.tokenizer.decode(row[valid].tolist()) for row, valid in zip(ids, real, strict=True)]
 
 
 def _gaps(text: str, mask: str, tokens: int, encode: Any) -> list[int | None]:
@@ -209,9 +168,3 @@ def _gaps(text: str, mask: str, tokens: int, encode: Any) -> list[int | None]:
         row += [None] * tokens * (i > 0)
         row += encode(piece) if piece else []
     return row
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise ConfigError(f"expected text, got {type(value).__name__}")
-    return value

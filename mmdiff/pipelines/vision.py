@@ -1,53 +1,26 @@
-"""Text about images: captions, answers, conversation, likelihood."""
+"""Text about images: captions, answers, conversation, gaps in an answer, likelihood."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, Unpack
 
-import torch
-from torch import Tensor
-
-from mmdiff.errors import ConfigError
-from mmdiff.images import ImageInput, to_pixels
-from mmdiff.pipelines.answers import Answers, tokenizer_of
+from mmdiff.pipelines.answers import Answers
 from mmdiff.pipelines.base import Pipeline
-from mmdiff.pipelines.text import Message, converse, score_answer
-from mmdiff.pipelines.words import TextWords, zip_batches
+from mmdiff.pipelines.prompts import Message, Prompter, about
+from mmdiff.pipelines.scoring import Scoring, score_answer
+from mmdiff.pipelines.text import converse, fill
+from mmdiff.pipelines.words import PromptedScoreWords, TextWords, literal, with_defaults, zip_batches
 from mmdiff.text import CAPTION_PROMPT
 
-__all__ = ["Video", "VisionLanguage"]
-
-
-@dataclass(frozen=True)
-class Video:
-    """Frames that belong together; they are read as several images.
-
-    Attributes:
-        frames: Pictures in order.
-        limit: At most this many are read, spread evenly.
-    """
-
-    frames: Sequence[ImageInput]
-    limit: int = 8
-
-    @property
-    def pictures(self) -> list[ImageInput]:
-        """The frames that are read.
-
-        Source: LLaVA's published choice, linspace over the frame numbers truncated to integers.
-        """
-        if not self.frames or self.limit < 1:
-            raise ConfigError(f"a video of {len(self.frames)} frames, of which {self.limit} are read; both at least 1")
-        if len(self.frames) <= self.limit:
-            return list(self.frames)
-        places = torch.linspace(0, len(self.frames) - 1, self.limit).long().tolist()
-        return [self.frames[i] for i in places]
+__all__ = ["VisionLanguage"]
 
 
 class VisionLanguage(Pipeline):
     """Answer in text about images.
+
+    Everywhere an ``image`` is a picture (PIL, path, https URL, uint8 array or tensor), a `mmdiff.Video`, or None for
+    text alone. A list is a batch; a list inside the list is one item of several pictures.
 
     Args:
         checkpoint: The parts.
@@ -62,8 +35,7 @@ class VisionLanguage(Pipeline):
         """Describe images.
 
         Args:
-            image: Picture (PIL, path, https URL, uint8 array or tensor, `Video`), or a list of them: a batch. A list
-                inside the list is one item of several pictures.
+            image: What is shown, or a list: a batch.
             prompt: What is asked, one for all or one per item.
             **words: Options; see `mmdiff.sampling.presets.text_parts`.
 
@@ -82,15 +54,16 @@ class VisionLanguage(Pipeline):
 
         Returns:
             Text, or a list of texts in the same order.
+
+        Raises:
+            ConfigError: An empty question, lists of different lengths, a prompt that is too long, or an unknown or
+                contradictory option.
+            SampleError: A picture that is too large, empty or damaged.
         """
         pairs, many = zip_batches(image=image, question=question)
         answers = Answers(self, self.checkpoint, words)
-        pictures = [_pictures(i) for i, _ in pairs]
-        slots = self.checkpoint.layout.features
-        prompts = [
-            answers.tokenizer.chat(_about(len(p), q), slots).ids for p, (_, q) in zip(pictures, pairs, strict=True)
-        ]
-        texts = answers.texts(answers.canvas(prompts, self._pixels([p for item in pictures for p in item])))
+        prompts = [answers.prompter.conversation(about(i, literal(q))) for i, q in pairs]
+        texts = answers.texts(answers.canvas(prompts))
         return texts if many else texts[0]
 
     def chat(
@@ -99,8 +72,9 @@ class VisionLanguage(Pipeline):
         """Answer a conversation.
 
         Args:
-            messages: ``{"role", "content"}``, content text or a list of ``{"type": "image", "image": picture}`` and
-                ``{"type": "text", "text": ...}``; or a list of such conversations: a batch.
+            messages: ``{"role", "content"}``, content text or a list of ``{"type": "image", "image": picture}``,
+                ``{"type": "video", "video": frames}`` and ``{"type": "text", "text": ...}``; or a list of such
+                conversations: a batch.
             stream: True returns an iterator over the answer after every pass, the last one final. An object with
                 ``put_draft``, ``put`` and ``end`` (transformers' ``TextDiffusionStreamer``) is fed instead, and the
                 answer is returned.
@@ -109,10 +83,47 @@ class VisionLanguage(Pipeline):
         Returns:
             The answer, a list of answers, or an iterator.
         """
-        return converse(self, messages, stream, words, pixels=self._pixels, slots=self.checkpoint.layout.features)
+        return converse(self, messages, stream, words)
+
+    def infill(
+        self,
+        image: Any,
+        answer: str | Sequence[str],
+        question: str | Sequence[str] = CAPTION_PROMPT,
+        mask: str = "[MASK]",
+        tokens_per_mask: int = 1,
+        **words: Unpack[TextWords],
+    ) -> Any:
+        """Fill the gaps of an answer about an image.
+
+        Args:
+            image: As in `caption`.
+            answer: What the assistant says, with gaps; or one per item.
+            question: What was asked, one for all or one per item.
+            mask: What a gap looks like.
+            tokens_per_mask: Tokens that fill one gap.
+            **words: Options; ``gen_length`` and ``block_length`` have no meaning here.
+
+        Returns:
+            The answer with its gaps filled, or a list of them.
+
+        Raises:
+            ConfigError: An answer without a gap, or an option without meaning.
+        """
+        items, many = zip_batches(image=image, answer=answer, question=question)
+        answers = Answers(self, self.checkpoint, words)
+        prompts = [answers.prompter.conversation(about(i, literal(q))) for i, _, q in items]
+        filled = fill(answers, prompts, [literal(a) for _, a, _ in items], mask, tokens_per_mask, ended=True)
+        return filled if many else filled[0]
 
     def loglikelihood(
-        self, image: Any, question: str | Sequence[str], answer: str | Sequence[str], samples: int = 128, seed: int = 0
+        self,
+        image: Any,
+        question: str | Sequence[str],
+        answer: str | Sequence[str],
+        samples: int = 128,
+        seed: int = 0,
+        **words: Unpack[PromptedScoreWords],
     ) -> float | list[float]:
         """Estimate of log p(answer | image, question) in nats, summed over the answer's tokens and its end of turn.
 
@@ -122,33 +133,17 @@ class VisionLanguage(Pipeline):
             answer: Text, or one per item.
             samples: Masks drawn.
             seed: Of the masks; the same for every item.
+            **words: ``method``, ``guidance`` and ``batch_size`` of `mmdiff.pipelines.scoring.Scoring`, and ``compat``.
 
         Returns:
             The estimate, or a list of them.
         """
         items, many = zip_batches(image=image, question=question, answer=answer)
+        options = with_defaults(words, {}, PromptedScoreWords)
+        prompter = Prompter(self.checkpoint, options.pop("compat", None))
+        how = Scoring(samples=samples, seed=seed, **options)
         values = []
-        for picture, text, reply in items:
-            pictures = _pictures(picture)
-            chat = tokenizer_of(self.checkpoint).chat(
-                _about(len(pictures), text), self.checkpoint.layout.features, reply
-            )
-            prompt, tail = chat.ids[: chat.answer_start], chat.ids[chat.answer_start :]
-            values.append(score_answer(self.checkpoint, prompt, tail, samples, seed, self._pixels(pictures)))
+        for picture, asked, reply in items:
+            prompt = prompter.conversation(about(picture, literal(asked)), literal(reply))
+            values.append(score_answer(self.checkpoint, prompt.ids, prompt.tail, how, prompt.images))
         return values if many else values[0]
-
-    def _pixels(self, pictures: Sequence[Any]) -> Tensor | None:
-        if not pictures:
-            return None
-        size = self.checkpoint.layout.image_size
-        return torch.stack([to_pixels(p, size) for p in pictures])
-
-
-def _pictures(item: Any) -> list[Any]:
-    if isinstance(item, Video):
-        return item.pictures
-    return [f for p in item for f in _pictures(p)] if isinstance(item, (list, tuple)) else [item]
-
-
-def _about(images: int, question: Any) -> list[dict[str, Any]]:
-    return [{"role": "user", "content": [{"type": "image"}] * images + [{"type": "text", "text": question}]}]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 import torch
 
@@ -12,7 +12,18 @@ from mmdiff import rng
 from mmdiff.errors import ConfigError
 from mmdiff.sampling import Step
 
-__all__ = ["ImageWords", "TextWords", "batch_of", "report_steps", "sources", "with_defaults", "zip_batches"]
+__all__ = [
+    "ImageWords",
+    "PromptedScoreWords",
+    "ScoreWords",
+    "TextWords",
+    "batch_of",
+    "literal",
+    "report_steps",
+    "sources",
+    "with_defaults",
+    "zip_batches",
+]
 
 Callback = Callable[[Any, int, float, dict[str, Any]], Any]
 Generators = torch.Generator | Sequence[torch.Generator]
@@ -37,6 +48,20 @@ class TextWords(TypedDict, total=False):
     seeds: int | Sequence[int]
     generator: Generators
     callback_on_step_end: Callback
+
+
+class ScoreWords(TypedDict, total=False):
+    """Options of likelihoods; see `mmdiff.pipelines.scoring.Scoring`."""
+
+    method: Literal["sampled", "confidence"]
+    guidance: float
+    batch_size: int
+
+
+class PromptedScoreWords(ScoreWords, total=False):
+    """Options of likelihoods of answers to questions."""
+
+    compat: str | None
 
 
 class ImageWords(TypedDict, total=False):
@@ -78,6 +103,17 @@ def with_defaults(words: Mapping[str, Any], defaults: Mapping[str, Any], known: 
 def batch_of(value: Any) -> tuple[list[Any], bool]:
     """(items, whether a list was given)."""
     return (list(value), True) if isinstance(value, (list, tuple)) else ([value], False)
+
+
+def literal(value: Any) -> str:
+    """A text as the user wrote it.
+
+    Raises:
+        ConfigError: It is no text.
+    """
+    if not isinstance(value, str):
+        raise ConfigError(f"expected text, got {type(value).__name__}")
+    return value
 
 
 def zip_batches(**values: Any) -> tuple[list[tuple[Any, ...]], bool]:

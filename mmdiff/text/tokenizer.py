@@ -1,23 +1,24 @@
 """Text to ids and back: a byte-level BPE tokenizer with LLaDA's special tokens and chat template.
 
 Text that a user writes never becomes a special token: only `Tokenizer.chat` places those. Foreign chat templates and
-remote code are not read. What an id means to a model (mask, image code) is ``batch``'s and the models'.
+remote code are not read. What an id means to a model (mask, image code) is ``batch``'s and the models'; the order of
+a conversation's pieces is ``template``'s.
 
-Source: LLaDA's published tokenizer and chat template; LLaDA-V's conversation template.
+Source: LLaDA's published tokenizer.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmdiff.batch import IMAGE
+from mmdiff.batch import IGNORE, IMAGE
 from mmdiff.errors import CheckpointError, ConfigError
+from mmdiff.text.template import ROLES, Dialogue, Encoded, Script, turns_of
 
-__all__ = ["CAPTION_PROMPT", "SPECIAL_TOKENS", "VISION_SYSTEM", "Encoded", "Tokenizer"]
+__all__ = ["SPECIAL_TOKENS", "Tokenizer"]
 
 SPECIAL_TOKENS = (
     "<|endoftext|>",
@@ -28,34 +29,9 @@ SPECIAL_TOKENS = (
     "<|eot_id|>",
 )
 """Spellings every tokenizer here must have; a trained one gives them the ids 0 to 5."""
-VISION_SYSTEM = (
-    "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
-    "provides, and assist the user with a variety of tasks using natural language."
-)
-"""System message of LLaDA-V's template."""
-
-CAPTION_PROMPT = "Describe this image."
-"""What the user asks for a caption, in training and in use."""
-
-_ROLES = ("system", "user", "assistant")
 _MAX_BYTES = 128 << 20
 _CACHE = 16_384
 _CACHED_CHARS = 256
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """A chat as ids.
-
-    Attributes:
-        ids: All ids; `IMAGE` where an image's features go.
-        answer_start: Where the answer begins; ``len(ids)`` if none was given.
-        user_span: Start and end of the last user message between its header and its end-of-turn token.
-    """
-
-    ids: list[int]
-    answer_start: int
-    user_span: tuple[int, int]
 
 
 class Tokenizer:
@@ -190,6 +166,9 @@ class Tokenizer:
         messages: Sequence[Mapping[str, Any]],
         image_slots: int | Sequence[int] = 0,
         answer: str | None = None,
+        *,
+        system: str = "",
+        compat: str | None = None,
     ) -> Encoded:
         """A conversation in LLaDA's template, ready for an answer or followed by one.
 
@@ -197,9 +176,12 @@ class Tokenizer:
 
         Args:
             messages: ``{"role": "system" | "user" | "assistant", "content": ...}``, the last one from the user;
-                content is text or a list of ``{"type": "image"}`` and ``{"type": "text", "text": ...}``.
+                content is text, a list of ``{"type": "image"}`` and ``{"type": "text", "text": ...}``, or `Content`.
             image_slots: `IMAGE` ids per image: one number for all, or one per image in order.
             answer: What the assistant says, for training and likelihoods.
+            system: System message of a conversation that has none; empty: none.
+            compat: ``"reference"``: lose the first token after every image, usually the newline, as LLaDA-V's published
+                inference does (its training does not).
 
         Raises:
             ConfigError: Unknown role or part, empty message, or not as many images as ``image_slots`` tells.
@@ -208,37 +190,62 @@ class Tokenizer:
         """
         if not messages or messages[-1].get("role") != "user":
             raise ConfigError("chat: the last message must be from the user")
-        slots = _Slots(image_slots)
-        ids, span = [self.bos_id], (0, 0)
-        for number, message in enumerate(messages):
-            ids += self._header(message.get("role"), number)
-            start, body = self._body(message.get("content"), slots, number)
-            span = (len(ids) + start, len(ids) + len(body))
-            ids += [*body, self.eot_id]
-        slots.check_all_used()
-        ids += [*self._header("assistant", len(messages)), *self.encode("\n\n")]
-        tail = [] if answer is None else [*self.encode(answer), self.eot_id]
-        return Encoded(ids + tail, len(ids), span)
+        turns = [(role, content.stripped()) for role, content in turns_of(messages, system)]
+        script = Script(self, image_slots, lose_after_image=compat == "reference")
+        for role, content in turns:
+            span = script.message(role, content)
+        script.slots.check_all_used()
+        script.header("assistant")
+        script.text(self.encode("\n\n"))
+        start = len(script.ids)
+        if answer is not None:
+            script.text([*self.encode(answer), self.eot_id])
+        return Encoded(script.ids, start, span)
 
-    def _header(self, role: Any, number: int) -> list[int]:
-        if role not in _ROLES:
-            raise ConfigError(f"chat: message {number} has role {role!r}; expected one of {', '.join(_ROLES)}")
-        return [self.start_header_id, *self.encode(role), self.end_header_id]
+    def dialogue(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        image_slots: int | Sequence[int] = 0,
+        *,
+        system: str = "",
+        compat: str | None = None,
+    ) -> Dialogue:
+        """A whole conversation with its answers, to be learnt; contents are taken as they are.
 
-    def _body(self, content: Any, slots: _Slots, number: int) -> tuple[int, list[int]]:
-        """Where the content begins behind the newlines, and the ids of both."""
-        parts = _parts(content, number)
-        # Newlines and text are encoded together, as the published template does with the whole string.
-        first = parts[0] if isinstance(parts[0], str) else ""
-        ids = self.encode("\n\n" + first)
-        lead = self.encode("\n\n")
-        start = len(lead) if ids[: len(lead)] == lead else 0
-        for i, part in enumerate(parts):
-            if part is None:
-                ids += [IMAGE] * slots.take(number)
-            elif i > 0:
-                ids += self.encode("\n" + part if parts[i - 1] is None else part)
-        return start, ids
+        Args:
+            messages: As in `chat`, the last one from the assistant.
+            image_slots: As in `chat`.
+            system: As in `chat`.
+            compat: ``"reference"``: label what LLaDA-V's published training labels: of every answer also its header,
+                and every special token of the template. Default: the answers, each with its end of turn.
+
+        Raises:
+            ConfigError: As `chat`.
+
+        Source: LLaDA-V's published ``preprocess_llada``.
+        """
+        if not messages or messages[-1].get("role") != "assistant":
+            raise ConfigError("dialogue: the last message must be from the assistant")
+        script, spans = Script(self, image_slots), []
+        for role, content in turns_of(messages, system):
+            start = len(script.ids)
+            body, end = script.message(role, content)
+            if role == "assistant":
+                spans.append((start, end + 1) if compat == "reference" else (body, end + 1))
+        script.slots.check_all_used()
+        labels = [IGNORE] * len(script.ids)
+        for start, end in spans:
+            labels[start:end] = script.ids[start:end]
+        if compat == "reference":
+            frame = (self.bos_id, self.start_header_id, self.end_header_id, self.eot_id)
+            labels = [i if i in frame else label for i, label in zip(script.ids, labels, strict=True)]
+        return Dialogue(script.ids, labels, tuple(spans))
+
+    def plain(self, caption: str, image_slots: int = 1) -> Dialogue:
+        """An image followed by its caption and a newline, the text to be learnt: LLaDA-V's first stage."""
+        text = self.encode(caption + "\n")
+        ids = [IMAGE] * image_slots + text
+        return Dialogue(ids, [IGNORE] * image_slots + text, ((image_slots, len(ids)),))
 
     def _encode(self, text: str) -> tuple[int, ...]:
         ids = self._core.encode(text, add_special_tokens=False).ids
@@ -249,54 +256,8 @@ class Tokenizer:
         return tuple(i for piece in pieces for i in piece if i not in self._special)
 
 
-class _Slots:
-    """Hands out the number of slots of each image in turn."""
-
-    def __init__(self, slots: int | Sequence[int]) -> None:
-        self._slots = slots if isinstance(slots, int) else list(slots)
-        self._used = 0
-
-    def take(self, number: int) -> int:
-        self._used += 1
-        if not isinstance(self._slots, int):
-            if self._used > len(self._slots):
-                raise ConfigError(f"chat: message {number} holds image {self._used}, {len(self._slots)} were given")
-            return self._slots[self._used - 1]
-        if self._slots < 1:
-            raise ConfigError(f"chat: message {number} holds an image, but this model has no slots for images")
-        return self._slots
-
-    def check_all_used(self) -> None:
-        if not isinstance(self._slots, int) and self._used != len(self._slots):
-            raise ConfigError(f"chat: {len(self._slots)} images were given, the messages hold {self._used}")
-
-
-def _parts(content: Any, number: int) -> list[str | None]:
-    """Text parts (stripped) and None for each image."""
-    if isinstance(content, str):
-        content = [{"type": "text", "text": content}]
-    if not isinstance(content, Sequence):
-        raise ConfigError(
-            f"chat: message {number} has content of type {type(content).__name__}; expected text or parts"
-        )
-    parts: list[str | None] = []
-    for part in content:
-        kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind == "image":
-            parts.append(None)
-        elif kind == "text" and isinstance(part.get("text"), str):
-            if not part["text"].strip():
-                raise ConfigError(f"chat: message {number} has an empty text; ask something")
-            parts.append(part["text"].strip())
-        else:
-            raise ConfigError(f"chat: message {number} holds {part!r:.80}; expected an image or a text part")
-    if not parts:
-        raise ConfigError(f"chat: message {number} is empty")
-    return parts
-
-
 def _with_template(texts: Iterable[str]) -> Iterator[str]:
-    template = ("\n\n", *_ROLES)
+    template = ("\n\n", *ROLES)
     for _ in range(64):
         yield from template
     for n, text in enumerate(texts):
