@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmdiff.batch import IGNORE, IMAGE, Batch, Example, Layout, collate
+from mmdiff.batch import IGNORE, IMAGE, Batch, Example, Layout, collate, expand
 
 
 def example(length: int, images: int = 0, key: str = "k") -> Example:
@@ -83,3 +83,13 @@ def test_layout_places_codes_behind_the_text() -> None:
 def test_examples_and_batches_are_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         example(1).key = "other"  # type: ignore[misc]
+
+
+def test_every_image_gets_its_slots_and_nothing_is_learnt_there() -> None:
+    ids, labels = expand([1, IMAGE, 2, IMAGE], [1, IGNORE, 2, IGNORE], [3, 0])
+    assert ids == [1, IMAGE, IMAGE, IMAGE, 2]
+    assert labels == [1, IGNORE, IGNORE, IGNORE, 2]
+    with pytest.raises(ValueError, match="more image placeholders than the 1"):
+        expand([IMAGE, IMAGE], [0, 0], [1])
+    with pytest.raises(ValueError, match="1 of 2 images have no placeholder"):
+        expand([IMAGE], [0], [1, 1])

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmdiff.batch import IMAGE
+from mmdiff.batch import IGNORE, IMAGE
 from mmdiff.errors import CheckpointError, ConfigError
-from mmdiff.text import SPECIAL_TOKENS, Tokenizer
+from mmdiff.text import SPECIAL_TOKENS, Content, Tokenizer, from_llava
 
 CORPUS = ["a red cube", "the thumbs up, with medium skin tone", "What is this?", "user says hello"]
 TOKENIZER = Tokenizer.train(CORPUS * 20, 400)
@@ -185,3 +185,42 @@ def test_a_missing_tokenizer_and_a_tiny_vocabulary_are_refused(tmp_path: Path) -
         Tokenizer.from_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="at least 300"):
         Tokenizer.train(CORPUS, 256)
+
+
+def test_a_dialogue_is_the_chat_turn_by_turn_and_its_answers_are_learnt() -> None:
+    messages = [*with_image("one"), {"role": "assistant", "content": "two"}, *USER]
+    whole = TOKENIZER.dialogue([*messages, {"role": "assistant", "content": "four"}], 2, system="be short")
+    prompt = TOKENIZER.chat(messages, 2, "four", system="be short")
+    assert whole.ids == prompt.ids
+    assert [TOKENIZER.decode(whole.ids[a:b]) for a, b in whole.spans] == ["two", "four"]
+    assert all(whole.ids[b - 1] == TOKENIZER.eot_id for _, b in whole.spans)
+    learnt = [i for a, b in whole.spans for i in range(a, b)]
+    assert [i for i, label in enumerate(whole.labels) if label != IGNORE] == learnt
+    reference = TOKENIZER.dialogue(
+        [*messages, {"role": "assistant", "content": "four"}], 2, system="be short", compat="reference"
+    )
+    assert reference.ids == whole.ids
+    assert reference.labels.count(TOKENIZER.start_header_id) == 5
+    with pytest.raises(ConfigError, match="last message must be from the assistant"):
+        TOKENIZER.dialogue(messages, 2)
+
+
+def test_a_caption_of_the_first_stage_is_an_image_a_text_and_a_newline() -> None:
+    made = TOKENIZER.plain("a red cube", 3)
+    assert made.ids == [IMAGE] * 3 + TOKENIZER.encode("a red cube\n")
+    assert made.labels == [IGNORE] * 3 + made.ids[3:]
+
+
+def test_blanks_go_between_images_and_a_newline_before_the_question() -> None:
+    parts = [{"type": "text", "text": " see "}, {"type": "image"}, {"type": "image"}, {"type": "text", "text": "why? "}]
+    assert Content.of(parts, 0) == Content(("see", " ", "\nwhy?"))
+    assert Content.parse(" a <image> b\n").stripped() == Content(("a ", " b"))
+
+
+def test_llava_turns_become_messages_with_a_single_image_in_front() -> None:
+    turns = [("gpt", "hello"), ("human", "see <image> here"), ("gpt", "<image> is text"), ("human", "<image><image>x")]
+    messages = from_llava([{"from": who, "value": value} for who, value in turns])
+    assert [m["role"] for m in messages] == ["user", "assistant", "user"]
+    assert [m["content"].texts for m in messages] == [("", "\nsee  here"), ("<image> is text",), ("", "", "x")]
+    with pytest.raises(ConfigError, match="turn 0"):
+        from_llava([{"from": "system", "value": "x"}])

@@ -143,10 +143,7 @@ def open_image(
     if isinstance(image, Tensor):
         return _from_tensor(image, limits, value_range)
     if isinstance(image, str | os.PathLike):
-        name = os.fspath(image)
-        if isinstance(name, str) and "://" in name:
-            return decode(_download(name, limits), limits=limits)
-        return decode(_read_file(Path(name), limits), limits=limits)
+        return _from_name(os.fspath(image), limits)
     raise ConfigError(
         f"an image of type {type(image).__name__} is not taken; give a path, an https URL, bytes, a PIL image, "
         "a uint8 array [H, W, 3] or a tensor [3, H, W]"
@@ -195,6 +192,17 @@ def redact(url: str) -> str:
     """The URL without user name, password, query and fragment, fit for logs."""
     parts = urllib.parse.urlsplit(url)
     return urllib.parse.urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+
+def _from_name(name: str | bytes, limits: Limits) -> Image.Image:
+    """The picture at a path or URL; what is wrong with it is said with its name."""
+    remote = isinstance(name, str) and "://" in name
+    path = Path(os.fsdecode(name))
+    data = _download(str(name), limits) if remote else _read_file(path, limits)
+    try:
+        return decode(data, limits=limits)
+    except SampleError as error:
+        raise SampleError(error.reason, f"{redact(str(name)) if remote else path}: {error}") from error
 
 
 def _check_size(width: int, height: int, limits: Limits) -> None:

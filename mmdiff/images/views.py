@@ -120,7 +120,9 @@ class Tiles:
         if self.limit is None:
             return kept
         times = math.sqrt(height * width / (self.limit * side**2))
-        return (int(height // times), int(width // times)) if times > _SLACK else kept
+        if times <= _SLACK:
+            return kept
+        return max(1, int(height // times)), max(1, int(width // times))  # a line of a picture keeps its one row
 
 
 @dataclass(frozen=True)

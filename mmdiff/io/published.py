@@ -23,6 +23,8 @@ __all__ = [
 
 _MASK, _BOS, _EOS, _EOT = 126336, 126080, 126081, 126348
 """Ids of the LLaDA-8B tokenizer."""
+_ILLADA_MASK = 5
+"""iLLaDA's; its configuration does not name it."""
 
 
 def read_olmo(tree: Tree, special: Mapping[str, int]) -> llada.Config:
@@ -185,8 +187,8 @@ def _ids(tree: Tree, special: Mapping[str, int], vocab: Any) -> dict[str, int]:
     eos = _pick(vocab, tree.get("eos_token_id"), special.get("<|endoftext|>"), _EOS)
     # LLaDA-V's config.json names 128000, outside its vocabulary; so the tokenizer goes first.
     bos = _pick(vocab, special.get("<|startoftext|>"), tree.get("bos_token_id"), _BOS, eos)
-    eot = _pick(vocab, special.get("<|eot_id|>"), _EOT, eos)
-    own = 5 if _is_illada(tree) else _MASK
+    own, turn = (_ILLADA_MASK, eos) if _is_illada(tree) else (_MASK, _EOT)
+    eot = _pick(vocab, special.get("<|eot_id|>"), turn, eos)
     mask = _pick(vocab, tree.get("mask_token_id"), special.get("<|mdm_mask|>"), special.get("<[MASK]>"), own)
     if mask is None or eos is None:
         missing = "mask_token_id" if mask is None else "eos_token_id"

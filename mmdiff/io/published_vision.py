@@ -43,7 +43,7 @@ def read_llada_v(tree: Tree, special: Mapping[str, int]) -> llada_v.Config:
         language=configs.to_dict(read_llama(tree, special)),
         vision=configs.to_dict(tower),
         tiling=configs.to_dict(_tiling(tree, tower.image_size)),
-        max_tokens=tree.get("tokenizer_model_max_length"),
+        max_tokens=_max_tokens(tree.get("tokenizer_model_max_length")),
     )
 
 
@@ -77,11 +77,15 @@ def _pinpoints(given: Any, size: int) -> Any:
             raise CheckpointError(f"image_grid_pinpoints {given[:60]!r} is not like '(1x1),...,(6x6)'")
         a, b, c, d = map(int, grid.groups())
         given = [[size * i, size * j] for i in range(a, c + 1) for j in range(b, d + 1)]
-    listed = None if given is None else [tuple(p) if isinstance(p, list) else p for p in given]
-    return None if listed == list(Tiling().canvases(size)) else listed
+    return None if given == [list(p) for p in Tiling().canvases(size)] else given
 
 
 _MOST_TILES = 64
+
+
+def _max_tokens(given: Any) -> Any:
+    """None for the enormous number that transformers writes where there is no limit."""
+    return None if isinstance(given, int) and given >= 2**31 else given
 
 
 def _tower(tree: Tree) -> vision.Config:

@@ -154,17 +154,31 @@ def open_files(files: Sequence[Path]) -> Tensors:
         CheckpointError: A file is damaged or holds a dtype that PyTorch lacks, or a name occurs twice.
     """
     info: dict[str, TensorInfo] = {}
-    opened: dict[Path, Any] = {}
+    shards = _Shards()
     for file in files:
-        opened[file] = _open_safetensors(file)
-        for name in opened[file].keys():
-            piece = opened[file].get_slice(name)
+        opened = shards.open(file)
+        for name in opened.keys():
+            piece = opened.get_slice(name)
             if piece.get_dtype() not in _DTYPES:
                 raise CheckpointError(f"{file}: {name} has dtype {piece.get_dtype()}, which is not supported")
             if name in info:
                 raise CheckpointError(f"{file}: {name} is also in {info[name].file.name}")
             info[name] = TensorInfo(shape=tuple(piece.get_shape()), dtype=_DTYPES[piece.get_dtype()], file=file)
-    return Tensors(info, lambda name: opened[info[name].file].get_tensor(name))
+    return Tensors(info, lambda name: shards.open(info[name].file).get_tensor(name))
+
+
+class _Shards:
+    """Keeps one file mapped into memory, the last one used: pages of the others would count as memory as well."""
+
+    def __init__(self) -> None:
+        self._file: Path | None = None
+        self._opened: Any = None
+
+    def open(self, file: Path) -> Any:
+        if file != self._file:
+            self._file, self._opened = None, None
+            self._file, self._opened = file, _open_safetensors(file)
+        return self._opened
 
 
 def _open_safetensors(file: Path) -> Any:

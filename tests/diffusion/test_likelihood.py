@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mmdiff import rng
-from mmdiff.diffusion.likelihood import log_likelihood, masked_counts, stratified_masks
+from mmdiff.diffusion.likelihood import confidence_score, log_likelihood, masked_counts, stratified_masks
 
 VOCAB, LENGTH = 5, 4
 
@@ -59,3 +59,15 @@ def test_an_answer_of_one_token_needs_one_sample():
     table = torch.randn(VOCAB, generator=torch.Generator().manual_seed(1))
     value = log_likelihood(lambda m: table.expand(len(m), 1, -1), torch.tensor([2]), [torch.ones(1, 1).bool()])
     assert math.isclose(value, float(table.log_softmax(-1)[2]), rel_tol=1e-6)
+
+
+def test_the_easiest_token_is_revealed_first_and_every_one_once():
+    answer = torch.tensor([0, 3, 1, 4])
+    found = confidence_score(network, answer)
+    assert sorted(found.order.tolist()) == [0, 1, 2, 3]
+    masked = torch.ones(1, LENGTH, dtype=torch.bool)
+    for place, loss in zip(found.order, found.losses, strict=True):
+        log_p = network(masked)[0].log_softmax(-1)[torch.arange(LENGTH), answer]
+        assert float(log_p[masked[0]].max()) == pytest.approx(-float(loss))
+        assert masked[0, place]
+        masked[0, place] = False

@@ -38,3 +38,15 @@ def test_the_cosine_schedule_starts_with_everything_masked() -> None:
     torch.testing.assert_close(
         masking.masked_share(torch.tensor([0.0, 0.5, 1.0])), torch.tensor([1.0, 0.5**0.5, 0.0]), atol=1e-6, rtol=0
     )
+
+
+def test_a_turn_is_a_question_and_its_answer_and_sees_no_later_one() -> None:
+    header, assistant, text, none = 9, 8, 3, -100
+    ask, answer = [header, none, none], [header, assistant, text]
+    labels = torch.tensor([[1, *ask, *ask, *answer, *ask, *answer, *answer, none, *ask], [1, *answer] + [none] * 19])
+    turns = masking.dialogue_turns(labels, header, assistant)
+    assert turns[0].tolist() == [0] * 10 + [1] * 10 + [2] * 3
+    assert turns[1].tolist() == [0] * 23
+    seen = masking.dialogue_causal(turns)
+    assert seen[1].all()
+    assert seen[0].sum(1).tolist() == [10] * 10 + [20] * 10 + [23] * 3

@@ -45,6 +45,38 @@ FULL_V = {k: v for k, v in published.LLADA_V.items() if k not in ("vision_config
 }
 
 
+FULL_ILLADA = {k: v for k, v in published.LLAMA.items() if k != "mask_token_id"} | {
+    "architectures": ["ILLaDAForCausalLM"],
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "layer_norm_eps": None,
+    "max_position_embeddings": 8192,
+    "mlp_bias": False,
+    "model_type": "illada",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "pad_token_id": 1,
+    "resid_pdrop": 0.0,
+    "tie_word_embeddings": True,
+    "vocab_size": 155136,
+}
+ILLADA = llada.Config(
+    vocab_size=155136,
+    kv_heads=8,
+    ffn_width=14336,
+    max_length=8192,
+    tied=True,
+    rope_full_precision=False,
+    mask_id=5,
+    bos_id=0,
+    eos_id=2,
+    eot_id=2,
+)
+
+
 def same_bytes(left, right) -> bool:
     return (
         set(left) == set(right)
@@ -73,6 +105,7 @@ def test_r25_converting_there_and_back_gives_the_same_keys_dtypes_bytes_and_fiel
     ("layout", "tree", "config", "count"),
     [
         ("olmo", FULL_OLMO, llada.Config(), 8_015_581_184),
+        ("llama", FULL_ILLADA, ILLADA, 7_615_025_152),
         ("llada-v", FULL_V, llada_v.Config(), 8_015_581_184 + 397_747_744 + 21_504_000 + 4_096),
     ],
 )
@@ -84,7 +117,7 @@ def test_r25_every_published_key_of_the_8b_models_is_consumed_exactly_once(tmp_p
     pairs = match(module, info, LAYOUTS[layout].keys.forward, LAYOUTS[layout].unused(config), "8B")
     assert list(pairs) == list(shapes)
     assert sorted(pairs.values()) == sorted(module.state_dict())
-    assert sum(i.nbytes for i in info.values()) == 2 * count
+    assert sum(i.nbytes for i in info.values()) == 2 * count == 2 * sum(p.numel() for p in module.parameters())
     assert layout != "olmo" or len(info) == 291
 
 

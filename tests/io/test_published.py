@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from mmdiff.errors import CheckpointError, ConfigError
+from mmdiff.images import Tiling
 from mmdiff.io.layouts import LAYOUTS, detect
 from tests.helpers import published
 
@@ -103,3 +106,46 @@ def test_an_unknown_tower_says_how_to_describe_it():
     tree = {k: v for k, v in published.LLADA_V.items() if k != "vision_config"}
     with pytest.raises(CheckpointError, match=r"'somewhere/siglip-tiny' is not known.*vision_config"):
         LAYOUTS["llada-v"].read(tree, {})
+
+
+TILED = published.LLADA_V | {"image_aspect_ratio": "anyres_max_4", "mm_patch_merge_type": "spatial_unpad"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "tiling"),
+    [
+        ({}, Tiling()),
+        ({"image_aspect_ratio": "anyres_max_9"}, Tiling(limit=9)),
+        ({"image_aspect_ratio": "anyres", "mm_patch_merge_type": "flat"}, Tiling(limit=None, newlines=False)),
+        ({"image_aspect_ratio": "pad"}, Tiling(crops="pad", limit=None)),
+        ({"image_aspect_ratio": None, "mm_patch_merge_type": None}, Tiling(crops="square", limit=None, newlines=False)),
+        ({"image_grid_pinpoints": "(1x1), ..., (6x6)"}, Tiling()),
+        ({"image_grid_pinpoints": "(1x1),...,(1x2)"}, Tiling(pinpoints=((20, 20), (20, 40)))),
+        ({"image_grid_pinpoints": [[40, 20]], "mm_newline_position": "frame"}, None),
+    ],
+)
+def test_the_tiling_is_read_in_every_published_spelling_and_written_back(fields, tiling):
+    layout = LAYOUTS["llada-v"]
+    config = layout.read(TILED | fields, {})
+    assert config.tiling == (tiling or Tiling(pinpoints=((40, 20),), video_newlines="frame"))
+    assert layout.read(layout.write(config), {}).tiling == config.tiling
+
+
+def test_the_longest_training_sequence_is_read_unless_it_stands_for_none():
+    read = LAYOUTS["llada-v"].read
+    assert read(TILED | {"tokenizer_model_max_length": 8192}, {}).max_tokens == 8192
+    assert read(TILED | {"tokenizer_model_max_length": int(1e30)}, {}).max_tokens is None
+    assert read(TILED, {}).max_tokens is None
+
+
+def test_a_tower_that_normalises_its_features_has_no_published_layout():
+    config = LAYOUTS["siglip"].read(published.SIGLIP, {})
+    with pytest.raises(CheckpointError, match="post_norm"):
+        LAYOUTS["siglip"].write(dataclasses.replace(config, post_norm=True))
+
+
+def test_what_transformers_leaves_out_of_a_siglip_has_its_default():
+    config = LAYOUTS["siglip"].read({"model_type": "siglip", "vision_config": {"patch_size": 14}}, {})
+    assert (config.width, config.depth, config.heads, config.image_size, config.patch_size) == (768, 11, 12, 224, 14)
+    with pytest.raises(CheckpointError, match="hidden_act"):
+        LAYOUTS["siglip"].read({"model_type": "siglip", "vision_config": {"hidden_act": "relu"}}, {})

@@ -59,6 +59,7 @@ def assert_same(left: nn.Module, right: nn.Module) -> None:
     [
         (llada.Config(), 8_015_581_184),
         (llada_v.Config(), 8_434_837_024),
+        (vision.Config(), 397_747_744),
         (llada.Config(depth=22, width=2048, kv_heads=4, ffn_width=5634), 1_487_243_264),
     ],
 )
