@@ -12,55 +12,21 @@ from PIL import Image
 
 from mmdiff import rng
 from mmdiff.errors import CheckpointError, ConfigError
-from mmdiff.models import llada, llada_v, unified, vision, vq
+from mmdiff.models import llada
 from mmdiff.pipelines import Checkpoint, ImageGenerator, Pipeline, TextGenerator, Video, VisionLanguage
 from mmdiff.pipelines.answers import Answers
-from mmdiff.text import Tokenizer
-
-TEXTS = ["a red circle", "the blue square is small", "how many dogs are there?", "yes", "no", "a cat sat on the mat"]
-CLASSES = ("circle", "square", "cat")
-
-
-def _language(tokenizer):
-    return llada.Config(
-        vocab_size=tokenizer.vocab_size,
-        width=32,
-        depth=2,
-        heads=4,
-        kv_heads=2,
-        ffn_width=64,
-        max_length=256,
-        rope_theta=10000.0,
-        mask_id=tokenizer.mask_id,
-        bos_id=tokenizer.bos_id,
-        eos_id=tokenizer.eos_id,
-        eot_id=tokenizer.eot_id,
-    )
+from tests.helpers import tiny
 
 
 @pytest.fixture(scope="module")
 def checkpoint():
-    tokenizer = Tokenizer.train(TEXTS, 320)
-    tower = vision.Config(image_size=16, patch_size=8, width=16, depth=1, heads=2, ffn_width=32)
-    codes = vq.VQ(vq.Config(image_size=16, widths=(8, 8), blocks=0, levels=(5, 4)), generator=rng.generator(1))
-    shape = unified.Config(
-        language=_language(tokenizer),
-        vision=tower,
-        codes=unified.CodesConfig(codebook=codes.codebook, grid=codes.grid),
-    )
-    model = unified.Unified(shape, generator=rng.generator(0))
-    with torch.no_grad():  # larger steps than at initialisation: decisions far from ties, and pictures that matter
-        model.language.embed_tokens.weight *= 0.3
-        model.language.lm_head.weight *= 4
-        model.codes.head.weight *= 6
-    defaults = {"text": {"gen_length": 8}, "image": {"num_inference_steps": 5}}
-    return Checkpoint(model.eval(), tokenizer, codes.eval(), CLASSES, defaults)
+    return tiny.unified_checkpoint()
 
 
 @pytest.fixture(scope="module")
 def text_only(checkpoint):
     tokenizer = checkpoint.tokenizer
-    return Checkpoint(llada.LLaDA(_language(tokenizer), generator=rng.generator(5)).eval(), tokenizer)
+    return Checkpoint(llada.LLaDA(tiny.language(tokenizer), generator=rng.generator(5)).eval(), tokenizer)
 
 
 @pytest.fixture
@@ -346,13 +312,3 @@ def test_drawing_refuses_what_cannot_be_meant(gen, arguments, message):
 def test_answering_refuses_what_cannot_be_meant(vlm, words, message):
     with pytest.raises(ConfigError, match=message):
         vlm.caption(picture(0), **words)
-
-
-def test_llada_v_reads_images_through_the_same_view(checkpoint):
-    tower = vision.Config(image_size=16, patch_size=8, width=16, depth=1, heads=2, ffn_width=32)
-    shape = llada_v.Config(language=_language(checkpoint.tokenizer), vision=tower)
-    reader = VisionLanguage(Checkpoint(llada_v.LLaDAV(shape, generator=rng.generator(0)).eval(), checkpoint.tokenizer))
-    pictures = [picture(0), picture(1)]
-    answers = reader.caption(pictures, gen_length=6)
-    assert answers == [reader.caption(p, gen_length=6) for p in pictures]
-    assert "text_image" not in reader.capabilities

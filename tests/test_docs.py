@@ -1,0 +1,37 @@
+"""The examples of the task pages run, word for word, on a tiny checkpoint in the place of the demo's."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from mmdiff.pipelines import Pipeline
+from tests.helpers import tiny
+
+EXAMPLE = re.compile(r"```python\n(.*?)```", re.DOTALL)
+PAGES = {p: p.read_text() for p in sorted((Path(__file__).parent.parent / "docs" / "tasks").glob("*.md"))}
+DEMO = "runs/demo/model/model"
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    """A folder like the one a user is in after the demo."""
+    folder = tmp_path_factory.mktemp("here")
+    Pipeline(tiny.unified_checkpoint()).save_pretrained(folder / DEMO)
+    tiny.picture(0).save(folder / "apple.png")
+    return folder
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if EXAMPLE.search(PAGES[p])], ids=lambda p: p.stem)
+def test_the_examples_of_a_page_run(page, here, monkeypatch, capsys):
+    monkeypatch.chdir(here)
+    names: dict[str, object] = {}
+    for block in EXAMPLE.findall(PAGES[page]):
+        exec(compile(block, page.name, "exec"), names)
+
+
+def test_every_task_page_has_a_table_of_options_and_their_cost():
+    assert len(PAGES) >= 3
+    assert not [p.name for p in PAGES if "what it costs" not in PAGES[p]]
