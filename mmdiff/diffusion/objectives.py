@@ -7,14 +7,21 @@ recomputed in the backward pass: for a vocabulary of 126,464 the logits never ex
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.nn import functional as F
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["chunked_cross_entropy", "token_weights"]
+from mmdiff.errors import ConfigError
+
+__all__ = ["chunked_cross_entropy", "cross_entropy", "token_weights"]
+
+_CHUNK_ELEMENTS = 1 << 24
+"""Logits that exist at the same time unless a chunk is asked for: 64 MiB in float32. Half as many are worse on a
+CPU: glibc keeps freed blocks below 32 MiB, and the memory a process holds doubles."""
 
 
 def chunked_cross_entropy(
@@ -22,27 +29,72 @@ def chunked_cross_entropy(
     labels: Int[Tensor, "n"],
     head: Callable[[Tensor], Tensor],
     *,
-    chunk: int = 2048,
+    chunk: int | None = None,
 ) -> Float[Tensor, "n"]:
     """Cross-entropy per position in float32, without holding all logits at once.
+
+    If there is more than one chunk, logits are computed again in the backward pass, so that at any moment the logits of
+    one chunk exist, once in the head's dtype and once in float32.
 
     Args:
         hidden: Float [n, D], states of the masked positions.
         labels: Int64 [n], the true classes of the head's vocabulary.
         head: Maps [m, D] to logits [m, V].
-        chunk: Positions whose logits exist at the same time.
+        chunk: Positions whose logits exist at the same time; default as many as have 2^24 logits, at least one.
 
     Returns:
         Float32 [n], in nats.
+
+    Raises:
+        ConfigError: A chunk below 1.
     """
 
     def part(h: Tensor, y: Tensor) -> Tensor:
-        return F.cross_entropy(head(h).float(), y, reduction="none")
+        return cross_entropy(head(h), y)
 
+    if chunk is None:
+        with torch.no_grad():
+            chunk = max(1, _CHUNK_ELEMENTS // head(hidden[:0]).shape[-1])
+    if chunk < 1:
+        raise ConfigError(f"chunk is {chunk} positions; at least 1")
     if len(hidden) <= chunk:
         return part(hidden, labels)
     pieces = zip(hidden.split(chunk), labels.split(chunk), strict=True)
-    return torch.cat([checkpoint(part, h, y, use_reentrant=False) for h, y in pieces])
+    # Nothing in a head draws random numbers, so their state need not be kept.
+    return torch.cat([checkpoint(part, h, y, use_reentrant=False, preserve_rng_state=False) for h, y in pieces])
+
+
+def cross_entropy(logits: Float[Tensor, "n V"], labels: Int[Tensor, "n"]) -> Float[Tensor, "n"]:
+    """Cross-entropy per position; statistics and gradient in float32, one float32 copy of the logits at most.
+
+    Args:
+        logits: Float [n, V] of any dtype, of which the gradient has the same.
+        labels: Int64 [n], the true classes.
+
+    Returns:
+        Float32 [n], in nats. It can be differentiated once.
+    """
+    return _CrossEntropy.apply(logits, labels)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Keeps one number per row; PyTorch's own keeps log-probabilities, as many as there are logits."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
+        total = torch.logsumexp(logits.float(), dim=1)
+        ctx.save_for_backward(logits, labels, total)
+        return total - logits.gather(1, labels[:, None])[:, 0].float()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        logits, labels, total = ctx.saved_tensors
+        scale = grads[0][:, None]
+        # A copy, since a head may need its own output.
+        grad = logits.to(torch.float32, copy=True).sub_(total[:, None]).exp_().mul_(scale)
+        grad.scatter_add_(1, labels[:, None], -scale)
+        return grad.to(logits.dtype), None
 
 
 def token_weights(
