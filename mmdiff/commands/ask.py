@@ -10,13 +10,16 @@ from typing import Annotated, Any
 import typer
 
 from mmdiff.commands.options import (
+    Adapter,
     Device,
+    DeviceMap,
     Dtype,
     GenLength,
     Guidance,
     Json,
     Model,
     Preset,
+    Quantize,
     Seed,
     Steps,
     Temperature,
@@ -41,6 +44,9 @@ def ask(
     seed: Seed = 0,
     device: Device = None,
     dtype: Dtype = None,
+    quantize: Quantize = None,
+    adapter: Adapter = None,
+    device_map: DeviceMap = None,
     as_json: Json = False,
 ) -> None:
     """Answer a question about an image."""
@@ -55,7 +61,9 @@ def ask(
         guidance=guidance,
         seeds=seed,
     )
-    vlm = VisionLanguage.from_pretrained(model, device=device, dtype=dtype)
+    vlm = VisionLanguage.from_pretrained(
+        model, device=device, dtype=dtype, quantize=quantize, adapter=adapter, device_map=device_map
+    )
     start = time.perf_counter()
     answer = vlm.ask(image, question, **words)
     typer.echo(summary(vlm.trace, 1, time.perf_counter() - start), err=True)

@@ -11,7 +11,9 @@ from typing import Annotated, Any
 import typer
 
 from mmdiff.commands.options import (
+    Adapter,
     Device,
+    DeviceMap,
     Dtype,
     GenLength,
     Guidance,
@@ -19,6 +21,7 @@ from mmdiff.commands.options import (
     Json,
     Model,
     Preset,
+    Quantize,
     Seed,
     Steps,
     Temperature,
@@ -44,6 +47,9 @@ def caption(
     seed: Seed = 0,
     device: Device = None,
     dtype: Dtype = None,
+    quantize: Quantize = None,
+    adapter: Adapter = None,
+    device_map: DeviceMap = None,
     as_json: Json = False,
 ) -> None:
     """Describe images: one caption per file, in the order given."""
@@ -61,7 +67,9 @@ def caption(
         seeds=seed,
         prompt=prompt,
     )
-    vlm = VisionLanguage.from_pretrained(model, device=device, dtype=dtype)
+    vlm = VisionLanguage.from_pretrained(
+        model, device=device, dtype=dtype, quantize=quantize, adapter=adapter, device_map=device_map
+    )
     start, found = time.perf_counter(), []
     with tqdm(total=len(images), unit="image", disable=len(images) <= batch) as bar:
         for part in _parts(images, batch):

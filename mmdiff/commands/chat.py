@@ -9,11 +9,14 @@ from typing import Any
 import typer
 
 from mmdiff.commands.options import (
+    Adapter,
     Device,
+    DeviceMap,
     Dtype,
     GenLength,
     Model,
     Preset,
+    Quantize,
     Seed,
     Steps,
     Temperature,
@@ -37,11 +40,14 @@ def chat(
     seed: Seed = 0,
     device: Device = None,
     dtype: Dtype = None,
+    quantize: Quantize = None,
+    adapter: Adapter = None,
+    device_map: DeviceMap = None,
 ) -> None:
     """Talk to a model; on a terminal the answer is shown while it is being written."""
     from mmdiff.pipelines import load
 
-    pipeline = load(model, device=device, dtype=dtype)
+    pipeline = load(model, device=device, dtype=dtype, quantize=quantize, adapter=adapter, device_map=device_map)
     talker: Any = pipeline.vision if "caption" in pipeline.capabilities else pipeline.text
     words = said(
         preset=preset,

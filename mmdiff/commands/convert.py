@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from mmdiff.errors import ConfigError
+
 __all__ = ["convert"]
 
 
@@ -22,14 +24,36 @@ def convert(
     root: Annotated[
         str | None, typer.Option(help="Where in a PyTorch file the tensors are, such as model_ema.")
     ] = None,
+    adapter: Annotated[
+        str | None, typer.Option(help="LoRA adapter in peft's layout to merge into SRC; DST is written in our layout.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Convert a checkpoint: same tensors, dtypes and bytes, other names. Nothing in it is run."""
     from mmdiff.io.convert import convert as run
 
+    if adapter is not None:
+        _merge(src, dst, adapter, to=to, root=root, as_json=as_json)
+        return
     done = run(src, dst, to=to, root=root)
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(done)))
         return
     where = ", ".join(done.files)
     typer.echo(f"{done.source} -> {done.target}: {done.tensors} tensors, {done.nbytes:,} bytes in {dst} ({where})")
+
+
+def _merge(src: str, dst: Path, adapter: str, *, to: str | None, root: str | None, as_json: bool) -> None:
+    """Write SRC with an adapter merged into its weights, and what else lies in SRC."""
+    from mmdiff.io.card import licence_of
+    from mmdiff.models.registry import resolve
+    from mmdiff.pipelines import load
+
+    if to not in (None, "mmdiff") or root is not None:
+        raise ConfigError("--adapter writes our layout; leave out --to and --root, and convert the result afterwards")
+    if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
+        raise ConfigError(f"{dst}: not an empty folder; give a new one")
+    merged = load(src, device="cpu", adapter=adapter)
+    merged.save_pretrained(dst, license=licence_of(resolve(src)))
+    tree = {"source": src, "adapter": adapter, "target": str(dst)}
+    typer.echo(json.dumps(tree) if as_json else f"{src} with {adapter} merged: {dst}")

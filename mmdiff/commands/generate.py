@@ -10,13 +10,16 @@ from typing import Annotated, Any
 import typer
 
 from mmdiff.commands.options import (
+    Adapter,
     Device,
+    DeviceMap,
     Dtype,
     GenLength,
     Guidance,
     Json,
     Model,
     Preset,
+    Quantize,
     Seed,
     Steps,
     Temperature,
@@ -42,12 +45,15 @@ def generate(
     seed: Seed = 0,
     device: Device = None,
     dtype: Dtype = None,
+    quantize: Quantize = None,
+    adapter: Adapter = None,
+    device_map: DeviceMap = None,
     as_json: Json = False,
 ) -> None:
     """Continue texts; with --out draw a picture for each prompt instead (seeds count up from --seed)."""
     from mmdiff.pipelines import load
 
-    pipeline = load(model, device=device, dtype=dtype)
+    pipeline = load(model, device=device, dtype=dtype, quantize=quantize, adapter=adapter, device_map=device_map)
     words: dict[str, Any] = said(
         preset=preset, num_inference_steps=steps, temperature=temperature, guidance=guidance, threshold=threshold
     )

@@ -8,13 +8,16 @@ from typing import Annotated, Any
 import typer
 
 __all__ = [
+    "Adapter",
     "Device",
+    "DeviceMap",
     "Dtype",
     "GenLength",
     "Guidance",
     "Json",
     "Model",
     "Preset",
+    "Quantize",
     "Seed",
     "Steps",
     "Temperature",
@@ -26,6 +29,9 @@ __all__ = [
 Model = Annotated[str, typer.Argument(help="Checkpoint: folder or hub id.")]
 Device = Annotated[str | None, typer.Option(help="Where it runs; default a GPU if there is one.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default as stored.")]
+Quantize = Annotated[str | None, typer.Option(help="nf4 or int8: hold the backbone in 4 or 8 bits.")]
+Adapter = Annotated[str | None, typer.Option(help="LoRA adapter in peft's layout: folder or hub id.")]
+DeviceMap = Annotated[str | None, typer.Option(help="auto or balanced: spread over all devices; instead of --device.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Preset = Annotated[str | None, typer.Option(help="exact, fast (default) or turbo.")]
 GenLength = Annotated[int | None, typer.Option(min=1, help="Tokens of an answer, at most.")]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from data_pipelines.loader import DataConfig
 from mmdiff.config import Field, config
 from mmdiff.errors import ConfigError
@@ -23,8 +25,12 @@ class RunConfig:
     init_parts: dict[str, str] = Field(default_factory=dict)
     """Weights of parts of the network from other checkpoints: ``{vision: FOLDER}`` takes the part of that name there,
     or the whole network if it has no such part."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Dtype of the weights, trained and frozen; null keeps that of ``init_from``, and float32 for new weights."""
+    quantize: Literal["nf4", "int8"] | None = None
+    """Hold the backbone's frozen linear layers in 4 or 8 bits; needs ``train.lora`` and the extra ``quant``."""
     tokenizer: str | None = None
-    """Folder with tokenizer.json; needed by every task with text."""
+    """Folder with tokenizer.json, needed by every task with text; default: the one that lies in ``init_from``."""
     image_tokenizer: str | None = None
     """Model folder of the image tokenizer that made the codes; copied into the result, so that it can draw."""
     classes: str | None = None
@@ -45,3 +51,5 @@ class RunConfig:
     def __post_init__(self) -> None:
         if (self.model is None) == (self.init_from is None):
             raise ConfigError("give model (new weights) or init_from (weights to start from), and not both")
+        if self.quantize is not None and self.train.lora is None:
+            raise ConfigError(f"quantize: {self.quantize} weights cannot be trained themselves; set train.lora too")

@@ -32,7 +32,7 @@ class TrainResult:
 
     Attributes:
         run_dir: Folder of the run.
-        model_dir: The exported model; None after a stop or a dry run.
+        model_dir: The exported model, or adapter if one was trained; None after a stop or a dry run.
         fit: Report of the training; None after a dry run.
         estimate: Memory and parameters; only after a dry run.
         resume_command: Goes on with the run.
@@ -96,21 +96,17 @@ def run(
         # Before minutes are spent on building.
         state.check(run_dir, spec, resume=resume)
     device = spec.device or _best_device()
-    tokenizer, image_tokenizer, classes = _tokenizer(spec), _image_tokenizer(spec), _classes(spec)
-    model = _model(spec)
-    layout = _layout(model)
-    _check_text(spec, model, tokenizer, layout)
-    _check_images(spec, image_tokenizer, layout)
-    loader, objective = _loader(spec, tokenizer, layout, run_dir, dry_run), _objective(spec)
     if dry_run:
-        from mmdiff.training.memory import estimate
-
-        return TrainResult(run_dir=run_dir, estimate=estimate(model, objective, loader.batch_at(0), spec.train, device))
+        return TrainResult(run_dir=run_dir, estimate=_estimate(spec, device))
+    tokenizer, image_tokenizer, classes = _tokenizer(spec), _image_tokenizer(spec), _classes(spec)
+    model = _quantized(spec, _model(spec), device)
+    layout = _checked_layout(spec, model, tokenizer, image_tokenizer)
+    loader = _loader(spec, tokenizer, layout, _skip_log(run_dir / "skipped.jsonl"))
     from mmdiff.training.loop import fit
 
     report = fit(
         model,
-        objective,
+        _objective(spec),
         loader,
         spec.train,
         run_dir,
@@ -125,14 +121,8 @@ def run(
     model_dir = None
     if not report.stopped:
         state.load_average(run_dir, model)
-        model_dir = run_dir / "model"
-        model.to("cpu").save_pretrained(
-            model_dir,
-            tokenizer=tokenizer,
-            image_tokenizer=image_tokenizer,
-            classes=classes,
-            generation=spec.generation,
-        )
+        parts = {"tokenizer": tokenizer, "image_tokenizer": image_tokenizer, "classes": classes}
+        model_dir = _export(spec, model, run_dir, parts)
     if report.skipped:
         print(loader.skip_report(), file=sys.stderr)
     if not report.stopped:
@@ -220,9 +210,13 @@ def _best_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def _tokenizer(spec: RunConfig) -> Tokenizer | None:
+def _tokenizer(spec: RunConfig, *, weights: bool = True) -> Tokenizer | None:
+    from mmdiff.io.hub import resolve
     from mmdiff.text import Tokenizer
 
+    if spec.tokenizer is None and spec.init_from is not None:
+        folder = resolve(spec.init_from, weights=weights)
+        return Tokenizer.from_pretrained(folder) if (folder / "tokenizer.json").is_file() else None
     return Tokenizer.from_pretrained(spec.tokenizer) if spec.tokenizer else None
 
 
@@ -238,6 +232,8 @@ def _image_tokenizer(spec: RunConfig) -> Any:
 
 
 def _model(spec: RunConfig) -> Any:
+    import torch
+
     from mmdiff import rng
     from mmdiff.models import registry
 
@@ -245,9 +241,39 @@ def _model(spec: RunConfig) -> Any:
         model: Any = registry.load_model(spec.init_from)
     else:
         model = registry.build(spec.model, generator=rng.generator(spec.train.seed, "init"))
+    if spec.dtype is not None:
+        model = model.to(getattr(torch, spec.dtype))
     for name, source in spec.init_parts.items():
         _init_part(model, name, source, registry.load_model(source))
     return model
+
+
+def _quantized(spec: RunConfig, model: Any, device: str) -> Any:
+    from mmdiff.io.quantize import quantize_
+
+    return model if spec.quantize is None else quantize_(model, spec.quantize, device)
+
+
+def _estimate(spec: RunConfig, device: str) -> Estimate:
+    """Memory of the whole run from its shapes; if it fits twice into what is free, one batch is really run."""
+    from mmdiff.commands.dry_run import estimate
+
+    tokenizer = _tokenizer(spec, weights=False)
+
+    def loader(model: Any) -> Any:
+        layout = _checked_layout(spec, model, tokenizer, _image_tokenizer(spec))
+        return _loader(spec, tokenizer, layout, None)
+
+    return estimate(spec, device, loader, _objective(spec), lambda: _quantized(spec, _model(spec), device))
+
+
+def _export(spec: RunConfig, model: Any, run_dir: Path, parts: Mapping[str, Any]) -> Path:
+    from mmdiff.io.adapter import write_adapter
+
+    if spec.train.lora is not None:
+        return write_adapter(model, run_dir / "adapter", base=spec.init_from)
+    model.to("cpu").save_pretrained(run_dir / "model", **parts, generation=spec.generation)
+    return run_dir / "model"
 
 
 def _init_part(model: Any, name: str, source: str, other: Any) -> None:
@@ -260,6 +286,14 @@ def _init_part(model: Any, name: str, source: str, other: Any) -> None:
         parts[name].load_state_dict(given.state_dict())
     except RuntimeError as error:
         raise ConfigError(f"init_parts: {source} does not fit part {name!r}: {error}") from None
+
+
+def _checked_layout(spec: RunConfig, model: Any, tokenizer: Tokenizer | None, image_tokenizer: Any) -> Layout:
+    """What the model expects of a sequence, after a look at whether the tokenizers fit it."""
+    layout = _layout(model)
+    _check_text(spec, model, tokenizer, layout)
+    _check_images(spec, image_tokenizer, layout)
+    return layout
 
 
 def _layout(model: Any) -> Layout:
@@ -304,10 +338,9 @@ def _objective(spec: RunConfig) -> Any:
     return build(spec.objective)
 
 
-def _loader(spec: RunConfig, tokenizer: Tokenizer | None, layout: Layout, run_dir: Path, dry_run: bool) -> Any:
+def _loader(spec: RunConfig, tokenizer: Tokenizer | None, layout: Layout, on_skip: Any) -> Any:
     from data_pipelines.loader import open_loader
 
-    on_skip = None if dry_run else _skip_log(run_dir / "skipped.jsonl")
     return open_loader(spec.data, tokenizer, layout, seed=spec.train.seed, on_skip=on_skip)
 
 
@@ -348,8 +381,12 @@ def _classes(spec: RunConfig) -> list[str] | None:
 def _table(values: Mapping[str, Any]) -> str:
     def lines() -> Iterator[str]:
         yield f"parameters  {values['parameters']:,} ({values['trainable']:,} trained)"
-        yield "losses      " + "  ".join(f"{k} {v:.4f}" for k, v in values["losses"].items())
-        for name in ("weights", "gradients", "optimizer", "average", "activations", "total"):
+        yield f"batch       {values['rows']:,} x {values['length']:,} slots at a time"
+        if values["losses"]:
+            yield "losses      " + "  ".join(f"{k} {v:.4f}" for k, v in values["losses"].items())
+        else:
+            yield "losses      not computed: from shapes only, the run is too large for this machine's free memory"
+        for name in ("weights", "gradients", "optimizer", "average", "activations", "logits", "total"):
             yield f"{name:<11} {values[name] / 2**20:12,.1f} MiB"
 
     return "\n".join(lines())

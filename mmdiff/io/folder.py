@@ -179,6 +179,8 @@ def save_folder(
     folder = Path(folder)
     config: Any = getattr(module, "config", None)
     family_of(config)
+    if getattr(module, "quantized", None):
+        raise ConfigError(f"{folder}: {module.quantized} weights cannot be saved; load without quantize and save that")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # First, so that a half-written folder is not taken for a whole one.

@@ -23,12 +23,13 @@ FILES = ["*.safetensors", "*.json", "README.md", "LICENSE*"]
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
-def resolve(path_or_id: str | Path, revision: str | None = None) -> Path:
+def resolve(path_or_id: str | Path, revision: str | None = None, *, weights: bool = True) -> Path:
     """Where a checkpoint lies on this machine; a hub id is downloaded first.
 
     Args:
         path_or_id: An existing path, which always wins, or ``owner/name`` on the hub.
         revision: Branch, tag or commit on the hub.
+        weights: False fetches what says how the network looks, and the tokenizer, only.
 
     Raises:
         CheckpointError: No such path and no such id, or the hub cannot be reached.
@@ -47,7 +48,7 @@ def resolve(path_or_id: str | Path, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        found = Path(snapshot_download(text, revision=revision, allow_patterns=FILES))
+        found = Path(snapshot_download(text, revision=revision, allow_patterns=FILES if weights else ["*.json"]))
     except Exception as error:
         raise CheckpointError(_complaint(text, revision, error)) from error
     logger.info("%s is at %s", text, found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -60,8 +61,9 @@ class Checkpoint:
 
     @property
     def device(self) -> torch.device:
-        """Where the network is."""
-        return next(self.model.parameters()).device
+        """Where the network is; of one that is spread over several, where its inputs go."""
+        main: torch.device | None = getattr(self.model, "main_device", None)
+        return main if main is not None else next(self.model.parameters()).device
 
     @property
     def capabilities(self) -> frozenset[str]:
@@ -104,9 +106,13 @@ class Pipeline:
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | str | None = None,
+        quantize: str | None = None,
+        adapter: str | Path | None = None,
+        device_map: str | Mapping[str, Any] | None = None,
     ) -> P:
         """Load a checkpoint; arguments and errors as in `mmdiff.load`."""
-        return cls(load(path_or_id, device=device, dtype=dtype).checkpoint)
+        loaded = load(path_or_id, device, dtype, quantize, adapter, device_map)
+        return cls(loaded.checkpoint)
 
     @property
     def capabilities(self) -> frozenset[str]:
@@ -200,8 +206,9 @@ def load(
     path_or_id: str | Path,
     device: torch.device | str | None = None,
     dtype: torch.dtype | str | None = None,
-    quantize: None = None,
-    adapter: None = None,
+    quantize: str | None = None,
+    adapter: str | Path | None = None,
+    device_map: str | Mapping[str, Any] | None = None,
 ) -> Pipeline:
     """Load a checkpoint.
 
@@ -209,26 +216,31 @@ def load(
         path_or_id: Folder in our layout or a published one, a weight file beside its config.json, or a hub id.
         device: Where it goes; default a GPU if there is one, else the CPU.
         dtype: Precision of the weights, such as ``torch.bfloat16`` or ``"bfloat16"``; default as stored.
-        quantize: Reserved; only None.
-        adapter: Reserved; only None.
+        quantize: ``"nf4"`` (4 bits, bitsandbytes) or ``"int8"`` (torchao) for the backbone's blocks.
+        adapter: Folder or hub id of a LoRA adapter in peft's layout; merged, or kept beside quantised weights.
+        device_map: ``"auto"`` or ``"balanced"`` spreads the network over all accelerators, memory and disk; or a
+            mapping from names of modules to devices. Instead of ``device``.
 
     Raises:
-        CheckpointError: Missing, damaged, of an unknown family.
-        ConfigError: A reserved argument was given.
+        CheckpointError: Missing, damaged, of an unknown family, or an adapter that does not fit.
+        ConfigError: Words that contradict each other.
+        MissingExtraError: A library is not installed; the message says how to.
     """
-    if quantize is not None or adapter is not None:
-        raise ConfigError("quantize and adapter are reserved names: leave them out; weights are loaded as stored")
+    from mmdiff.io.variants import load_variant
     from mmdiff.models.registry import load_model, resolve
 
     path = resolve(path_or_id)
     folder = path if path.is_dir() else path.parent
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    model = load_model(path, device=device, dtype=_dtype(dtype))
-    tokens = folder / "image_tokenizer"
+    if device is None and device_map is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = load_variant(
+        path, device=device, dtype=_dtype(dtype), quantize=quantize, adapter=adapter, device_map=device_map
+    )
+    tokens, place = folder / "image_tokenizer", getattr(model, "main_device", device)
     checkpoint = Checkpoint(
         model=model.eval(),
         tokenizer=Tokenizer.from_pretrained(folder) if (folder / "tokenizer.json").is_file() else None,
-        image_tokenizer=load_model(tokens, device=device).eval() if tokens.is_dir() else None,
+        image_tokenizer=load_model(tokens, device=place).eval() if tokens.is_dir() else None,
         classes=tuple(_read_json(folder / "classes.json", list)),
         defaults=_defaults(_read_json(folder / _GENERATION_FILE, dict)),
     )

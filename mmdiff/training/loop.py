@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import nn
@@ -24,12 +24,14 @@ from mmdiff.batch import Batch
 from mmdiff.config import Field, config
 from mmdiff.errors import ConfigError, MmdiffError, ShardError
 from mmdiff.training import optim, state
+from mmdiff.training.finetune import LoraConfig, attach
 from mmdiff.training.guard import Guard
 from mmdiff.training.microbatch import split
 from mmdiff.training.objective import Objective
 from mmdiff.training.optim import OptimConfig, ScheduleConfig
 from mmdiff.training.probes import Probe, call, crossed, due, name_of
 from mmdiff.training.randomness import own_randomness, seed_layers
+from mmdiff.training.recompute import recomputing
 from mmdiff.training.report import Clock, Log, Meter, Progress
 from mmdiff.training.signals import StopFlag
 
@@ -46,6 +48,12 @@ class TrainConfig:
     """Seed of every draw of the run."""
     accumulate: int = Field(1, gt=0)
     """Parts into which a batch is cut to save memory; a contrastive loss then compares within a part only."""
+    lora: LoraConfig | None = None
+    """Train an adapter beside frozen weights; null trains the weights."""
+    gradient_checkpointing: bool = False
+    """Keep each block's input only and compute it again in the backward pass: less memory, a third more time."""
+    autocast: Literal["bfloat16"] | None = None
+    """Dtype of matrix products; weights, norms and losses keep theirs. Null computes in the weights' dtype."""
     grad_clip: float | None = Field(1.0, gt=0)
     """Largest norm of the gradient; null does not clip."""
     optim: OptimConfig = Field(default_factory=OptimConfig)
@@ -145,6 +153,9 @@ def fit(
     with ExitStack() as stack:
         stop = stack.enter_context(StopFlag())
         stack.enter_context(own_randomness(torch.device(device)))
+        if config.lora is not None:
+            attach(model, config.lora, config.seed)
+        stack.enter_context(recomputing(model, config.gradient_checkpointing))
         run = _Run(model.to(device), objective, loader, config, run_dir, torch.device(device))
         run.restore()
         stack.callback(run.close)
@@ -323,7 +334,8 @@ class _Run:
         names, numbers, position = [], [], self.samples
         for part in split(batch, self.config.accumulate):
             generator = rng.generator(self.config.seed, "objective", position)
-            losses = self.objective(self.model, part.to(self.device), generator)
+            with optim.arithmetic(self.device, self.config.autocast):
+                losses = self.objective(self.model, part.to(self.device), generator)
             share = len(part) / len(batch)
             # Without a single target in the part there is nothing to differentiate.
             if losses.total.requires_grad:

@@ -61,7 +61,7 @@ class Masked:
     def __call__(self, model: Any, batch: Batch, generator: torch.Generator) -> Losses:
         """Loss of text answers (LLaDA's SFT loss) plus loss of image codes (MaskGIT's)."""
         noised = _noise(self, model, batch, generator)
-        hidden = model.hidden(embeds=model.embed_slots(noised.ids, batch.pixels), valid=batch.valid)
+        hidden = model.hidden(embeds=model.embed_slots(noised.ids, _seen(model, batch)), valid=batch.valid)
         text, weights = noised.text, batch.weights * noised.labels_text
         terms: dict[str, tuple[Tensor, int]] = {}
         total = hidden.new_zeros(())
@@ -161,6 +161,13 @@ def _noise(spec: Masked, model: Any, batch: Batch, generator: torch.Generator) -
     dropped = (drop < spec.drop_prompt)[:, None] & is_code.any(1, keepdim=True) & batch.droppable
     ids = batch.ids.masked_fill(text | dropped, model.config.language.mask_id)
     return _Noised(ids.masked_fill(image, layout.code_mask_id), text, image, labels_text, p)
+
+
+def _seen(model: Any, batch: Batch) -> Tensor | None:
+    """The images in the dtype of the tower's weights."""
+    if batch.pixels is None:
+        return None
+    return batch.pixels.to(next(getattr(model, "vision", model).parameters()).dtype)
 
 
 def _pixels(batch: Batch) -> Tensor:

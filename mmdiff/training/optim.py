@@ -8,9 +8,9 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from fnmatch import fnmatchcase
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +22,10 @@ __all__ = [
     "EMA",
     "OptimConfig",
     "ScheduleConfig",
+    "arithmetic",
     "build",
     "factor",
+    "fits",
     "from_tensors",
     "set_lr",
     "to_tensors",
@@ -104,6 +106,11 @@ def build(model: nn.Module, spec: OptimConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(tables, lr=spec.lr, betas=spec.betas, eps=spec.eps, fused=fused)
 
 
+def arithmetic(device: torch.device, dtype: str | None) -> AbstractContextManager[Any]:
+    """Within the block matrix products are computed in ``dtype``; None changes nothing."""
+    return nullcontext() if dtype is None else torch.autocast(device.type, getattr(torch, dtype))
+
+
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Set the rate of every group to ``lr`` times the group's factor."""
     for group in optimizer.param_groups:
@@ -162,14 +169,15 @@ class EMA:
 def _factors(model: nn.Module, patterns: Mapping[str, float]) -> dict[str, float]:
     names = [name for name, _ in model.named_parameters()]
     for pattern in patterns:
-        if not any(_fits(name, pattern) for name in names):
+        if not any(fits(name, pattern) for name in names):
             raise ConfigError(f"optim.factors: {pattern!r} fits no parameter; {_nearest(pattern, names)}")
     return {
-        name: max(((len(p), f) for p, f in patterns.items() if _fits(name, p)), default=(0, 1.0))[1] for name in names
+        name: max(((len(p), f) for p, f in patterns.items() if fits(name, p)), default=(0, 1.0))[1] for name in names
     }
 
 
-def _fits(name: str, pattern: str) -> bool:
+def fits(name: str, pattern: str) -> bool:
+    """Whether a name is meant by a pattern with ``*``, or lies in the module that it names."""
     return fnmatchcase(name, pattern) or name.startswith(f"{pattern}.")
 
 

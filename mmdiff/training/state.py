@@ -27,7 +27,9 @@ from mmdiff import config as configs
 from mmdiff.errors import CheckpointError, ConfigError
 from mmdiff.io import atomic
 from mmdiff.io import checkpoint as files
+from mmdiff.io.adapter import adapted
 from mmdiff.io.faults import fault
+from mmdiff.training import optim
 
 __all__ = ["FREE_KEYS", "Checkpoints", "Snapshot", "check", "claim", "copy_into", "load_average", "model_tensors"]
 
@@ -225,7 +227,12 @@ def check(run_dir: Path, run_config: Any, *, resume: bool) -> None:
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and saved buffers by name, the module's own tensors; a tied one once, under its first name."""
+    """Parameters and saved buffers by name, the module's own tensors; a tied one once, under its first name.
+
+    Of a network with an adapter these are the trainable parameters only: what is frozen lies where it came from.
+    """
+    if adapted(model):
+        return dict(optim.trainable(model))
     seen: set[int] = set()
     out: dict[str, Tensor] = {}
     for name, value in model.state_dict(keep_vars=True).items():

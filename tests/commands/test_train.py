@@ -125,7 +125,8 @@ def test_a_dry_run_measures_and_writes_nothing(recipe, shards):
     assert estimate.optimizer == 8 * count
     assert estimate.average == 4 * count
     assert estimate.activations > 1000
-    assert estimate.total == estimate.weights + 16 * count + estimate.activations
+    assert estimate.total == estimate.weights + 16 * count + estimate.activations + estimate.logits
+    assert estimate.logits > 0
     assert not Path(recipe["out"]).exists()
     assert sorted(str(p) for p in shards.iterdir()) == before
 
@@ -215,7 +216,8 @@ def test_print_config_is_a_configuration_that_reads_back_the_same(recipe, tmp_pa
 def test_a_dry_run_prints_its_table_on_stdout(recipe, tmp_path):
     result = invoke(recipe, tmp_path, "--dry-run", "--json")
     table = json.loads(result.stdout)
-    assert table["total"] == sum(table[k] for k in ("weights", "gradients", "optimizer", "average", "activations"))
+    parts = ("weights", "gradients", "optimizer", "average", "activations", "logits")
+    assert table["total"] == sum(table[k] for k in parts)
     text = invoke(recipe, tmp_path, "--dry-run").stdout
     assert "activations" in text
     assert "MiB" in text
