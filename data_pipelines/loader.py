@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 
-from mmdiff.batch import Batch, Example, Layout, collate
+from mmdiff.batch import Batch, Example, Layout, collate, fill
 from mmdiff.config import Field, config
 from mmdiff.errors import ConfigError, MmdiffError, SampleError, ShardError
 from mmdiff.text import Tokenizer
@@ -67,6 +67,9 @@ class DataConfig:
     """How workers are started; default: the platform's."""
     prefetch: int = Field(default=2, ge=1)
     """Batches that are prepared ahead, per worker."""
+    fill: bool = False
+    """Fill rows to the longest of the batch with end of text that is learnt like the answer, as LLaDA's fine-tuning and
+    LLaDA-V's first stage do; otherwise padding is neither seen nor learnt."""
     seed: int | None = None
     """Seed of the order; default: the run's."""
     max_skip_fraction: float = Field(default=0.001, ge=0, le=1)
@@ -116,10 +119,18 @@ class Fetcher:
         plan: The order.
         readers: One per source.
         tasks: The tasks of each source.
+        fill_id: Id that rows are filled with to equal length, to be learnt; None for padding that is not.
     """
 
-    def __init__(self, plan: Plan, readers: Sequence[ShardReader], tasks: Sequence[Sequence[Task]]) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        readers: Sequence[ShardReader],
+        tasks: Sequence[Sequence[Task]],
+        fill_id: int | None = None,
+    ) -> None:
         self.plan, self.readers, self.tasks = plan, list(readers), [list(t) for t in tasks]
+        self.fill_id = fill_id
 
     def __call__(self, positions: Sequence[int]) -> Fetched:
         """The batch of these positions; ``batch`` is None if a position found no usable sample in 100 attempts."""
@@ -131,7 +142,7 @@ class Fetcher:
             if example is None:
                 return Fetched(None, tuple(skips))
             examples.append(example)
-        return Fetched(collate(examples), tuple(skips))
+        return Fetched(collate(examples if self.fill_id is None else fill(examples, self.fill_id)), tuple(skips))
 
     def _fetch(self, position: int) -> tuple[Example | None, tuple[Skip, ...]]:
         missed: list[Skip] = []
@@ -175,6 +186,7 @@ class Loader:
         start_method: How workers are started.
         allow_changed: Accept a saved state of another plan.
         on_skip: Called with every skip, in order.
+        fill_id: As in `Fetcher`.
 
     Raises:
         ConfigError: ``batch_size`` is not a multiple of ``world``.
@@ -196,6 +208,7 @@ class Loader:
         start_method: str | None = None,
         allow_changed: bool = False,
         on_skip: Callable[[Skip], None] | None = None,
+        fill_id: int | None = None,
     ) -> None:
         if batch_size % world or not 0 <= rank < world:
             raise ConfigError(
@@ -207,7 +220,7 @@ class Loader:
         self.skipped: Counter[str] = Counter()
         self.seen = 0
         self.on_skip = on_skip
-        self._fetcher = Fetcher(plan, readers, tasks)
+        self._fetcher = Fetcher(plan, readers, tasks, fill_id)
         self._workers, self._ahead, self._start_method = workers, ahead, start_method
         self._slice = (rank * batch_size // world, (rank + 1) * batch_size // world)
         self._max_skip_fraction, self._allow_changed = max_skip_fraction, allow_changed
@@ -369,6 +382,7 @@ def open_loader(
         start_method=options.start_method,
         allow_changed=options.allow_changed,
         on_skip=on_skip,
+        fill_id=None if tokenizer is None or not options.fill else tokenizer.pad_id,
     )
 
 

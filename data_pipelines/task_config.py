@@ -68,8 +68,12 @@ class CaptionConfig:
     """Share of the source's turns, as an integer."""
     prompt: str = "Describe this image."
     """What the user says."""
+    template: Literal["chat", "plain"] = "chat"
+    """chat: request and answer; plain: the image, the caption and a newline, as in LLaDA-V's first stage."""
     fit: Fit = "square"
     """How a rectangle becomes a square."""
+    crops: Literal["model", "square"] = "model"
+    """model: as the model's tiling cuts images; square: one square without tiles, as in LLaDA-V's first stage."""
     augment: AugmentConfig | None = None
     """Random changes of the image."""
     fields: tuple[str, ...] = ("caption", "captions")
@@ -79,7 +83,10 @@ class CaptionConfig:
     answer_multiple: _Weight = 8
     """The answer with its end is filled up to a multiple of this many ids."""
     pad_weight: float = Field(default=0.05, ge=0)
-    """Weight of the filling in the loss."""
+    """Weight of the filling in the loss; 1 as published."""
+    rainbow: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    """Rainbow Padding (arXiv 2510.03680): the filling is one end of text, then these ids in turn (seven or more unused
+    ones); empty: end of text throughout."""
     max_length: _Length = 4096
     """Longer sequences are skipped and counted."""
 
@@ -100,12 +107,17 @@ class VqaConfig:
     """Most questions about one image; between 1 and so many are asked in one conversation, all answers are learnt."""
     fit: Fit = "square"
     """How a rectangle becomes a square."""
+    crops: Literal["model", "square"] = "model"
+    """model: as the model's tiling cuts images; square: one square without tiles, as in LLaDA-V's first stage."""
     augment: AugmentConfig | None = None
     """Random changes of the image."""
     answer_multiple: _Weight = 8
     """The answer with its end is filled up to a multiple of this many ids."""
     pad_weight: float = Field(default=0.05, ge=0)
-    """Weight of the filling in the loss."""
+    """Weight of the filling in the loss; 1 as published."""
+    rainbow: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    """Rainbow Padding (arXiv 2510.03680): the filling is one end of text, then these ids in turn (seven or more unused
+    ones); empty: end of text throughout."""
     max_length: _Length = 4096
     """Longer sequences are skipped and counted."""
 
@@ -119,15 +131,23 @@ class ChatConfig:
     weight: _Weight = 1
     """Share of the source's turns, as an integer."""
     system: str | None = None
-    """System message."""
+    """System message; null: the model's own, if it has one."""
+    labels: Literal["answers", "published"] = "answers"
+    """answers: every answer with its end of turn; published: as LLaDA-V's training code, also the headers of answers
+    and every special token of the template, texts taken with their surrounding whitespace."""
     fit: Fit = "square"
     """How a rectangle becomes a square."""
+    crops: Literal["model", "square"] = "model"
+    """model: as the model's tiling cuts images; square: one square without tiles, as in LLaDA-V's first stage."""
     augment: AugmentConfig | None = None
     """Random changes of the image."""
     answer_multiple: _Weight = 8
     """The last answer with its end is filled up to a multiple of this many ids."""
     pad_weight: float = Field(default=0.05, ge=0)
-    """Weight of the filling in the loss."""
+    """Weight of the filling in the loss; 1 as published."""
+    rainbow: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    """Rainbow Padding (arXiv 2510.03680): the filling is one end of text, then these ids in turn (seven or more unused
+    ones); empty: end of text throughout."""
     max_length: _Length = 4096
     """Longer sequences are skipped and counted."""
 

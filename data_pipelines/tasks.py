@@ -16,16 +16,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from mmdiff import rng
 from mmdiff.batch import IGNORE, Example, Layout
 from mmdiff.errors import ConfigError, SampleError
-from mmdiff.text import Tokenizer
+from mmdiff.text import Tokenizer, from_llava
 
 from .conversations import read_conversation
+from .pictures import Picture, Pictures
 from .reader import Sample
-from .transforms import PixelCache, Pixels
+from .transforms import PixelCache
 
 __all__ = ["Task", "build_task", "questions"]
 
@@ -66,7 +66,7 @@ class _Task:
     def __init__(self, options: Any, tokenizer: Any, layout: Layout, cache: PixelCache | None) -> None:
         self.options, self.tokenizer, self.layout = options, tokenizer, layout
         if hasattr(options, "fit"):
-            self.pixels = Pixels(layout.image_size, options.fit, options.augment, cache)
+            self.picture = Pictures(options, layout, cache)
 
     def example(
         self,
@@ -75,9 +75,9 @@ class _Task:
         learnt: Mapping[tuple[int, int], float],
         *,
         droppable: tuple[int, int] = (0, 0),
-        pixels: Tensor | None = None,
+        **given: Any,
     ) -> Example:
-        """Put an example together; ``learnt`` holds spans of ids and their weight in the loss."""
+        """Put an example together; ``learnt`` holds spans of ids and their weight, ``given`` the images."""
         limit = getattr(self.options, "max_length", len(ids))
         if len(ids) > limit:
             raise SampleError("too_long", f"{sample}: {len(ids):,} ids, max_length is {limit:,}")
@@ -95,7 +95,7 @@ class _Task:
             labels=labels,
             weights=weights,
             droppable=drop,
-            pixels=pixels,
+            **given,
         )
 
     def conversation(
@@ -108,42 +108,51 @@ class _Task:
             if message["role"] != "assistant":
                 continue
             # What is learnt of each answer is what follows a prompt, so that training meets the ids of inference.
-            chat = self.tokenizer.chat(messages[:number], slots, message["content"][0]["text"])
+            answer = message["content"][0]["text"]
+            chat = self.tokenizer.chat(messages[:number], slots, answer, system=self.layout.system)
             if chat.ids[: len(ids)] != ids:
                 raise SampleError("bad_conversation", f"{sample}: the template does not extend turn by turn")
             ids = chat.ids
             spans.append((chat.answer_start, len(ids)))
         return ids, spans
 
-    def answered(
-        self, sample: Sample, ids: list[int], spans: Sequence[tuple[int, int]], pixels: Tensor | None
-    ) -> Example:
+    def answered(self, sample: Sample, ids: list[int], spans: Sequence[tuple[int, int]], **given: Any) -> Example:
         """A chat whose answers lie at ``spans``; the last one ends the ids and is filled up."""
         start, end = spans[-1]
         filled = start + -(-(end - start) // self.options.answer_multiple) * self.options.answer_multiple
-        ids = ids + [self.tokenizer.pad_id] * (filled - end)
+        ids = ids + self.filling(filled - end)
         learnt = {span: 1.0 for span in spans} | {(end, filled): self.options.pad_weight}
-        return self.example(sample, ids, learnt, pixels=pixels)
+        return self.example(sample, ids, learnt, **given)
+
+    def filling(self, count: int) -> list[int]:
+        """Ids behind the end of a turn: end of text, or one of it and then the colours of the rainbow in turn."""
+        cycle = self.options.rainbow or (self.tokenizer.pad_id,)
+        return [self.tokenizer.pad_id, *(cycle[i % len(cycle)] for i in range(count - 1))][:count]
 
 
 class _Image(_Task):
     def __call__(self, sample: Sample, generator: torch.Generator) -> Example:
-        return self.example(sample, [], {}, pixels=self.pixels(sample, generator))
+        return self.example(sample, [], {}, pixels=self.picture.square(sample, generator))
 
 
 class _Pair(_Task):
     def __call__(self, sample: Sample, generator: torch.Generator) -> Example:
         text = _caption(sample, self.options, generator)
         ids = self.tokenizer.encode(text)[: self.options.max_length]
-        return self.example(sample, ids, {}, pixels=self.pixels(sample, generator))
+        return self.example(sample, ids, {}, pixels=self.picture.square(sample, generator))
 
 
 class _Caption(_Task):
     def __call__(self, sample: Sample, generator: torch.Generator) -> Example:
         answer = _caption(sample, self.options, generator)
-        chat = self.tokenizer.chat(_ask_about_image(self.options.prompt), self.layout.features, answer)
+        picture = self.picture(sample, generator)
+        if self.options.template == "plain":
+            plain = self.tokenizer.plain(answer, picture.slots)
+            return self.example(sample, plain.ids, dict.fromkeys(plain.spans, 1.0), **picture.given)
+        messages = _ask_about_image(self.options.prompt)
+        chat = self.tokenizer.chat(messages, picture.slots, answer, system=self.layout.system)
         span = (chat.answer_start, len(chat.ids))
-        return self.answered(sample, chat.ids, [span], self.pixels(sample, generator))
+        return self.answered(sample, chat.ids, [span], **picture.given)
 
 
 class _Vqa(_Task):
@@ -152,8 +161,9 @@ class _Vqa(_Task):
         for question, answer in self._draw(sample, generator):
             messages += [_said("user", question), _said("assistant", answer)]
         messages[0]["content"].insert(0, {"type": "image"})
-        ids, spans = self.conversation(sample, messages, self.layout.features)
-        return self.answered(sample, ids, spans, self.pixels(sample, generator))
+        picture = self.picture(sample, generator)
+        ids, spans = self.conversation(sample, messages, picture.slots)
+        return self.answered(sample, ids, spans, **picture.given)
 
     def _draw(self, sample: Sample, generator: torch.Generator) -> list[tuple[str, str]]:
         """Between one and ``turns`` different questions with their answers, in random order."""
@@ -177,10 +187,23 @@ class _Chat(_Task):
         has_image = any(part["type"] == "image" for m in messages for part in m["content"])
         if has_image and not self.layout.features:
             raise ConfigError("task 'chat': the data holds images, but this model does not see any")
+        picture = self.picture(sample, generator) if has_image else Picture(0, {})
+        if self.options.labels == "published":
+            return self.published(sample, picture)
         if self.options.system:
             messages.insert(0, {"role": "system", "content": self.options.system})
-        ids, spans = self.conversation(sample, messages, self.layout.features if has_image else 0)
-        return self.answered(sample, ids, spans, self.pixels(sample, generator) if has_image else None)
+        ids, spans = self.conversation(sample, messages, picture.slots)
+        return self.answered(sample, ids, spans, **picture.given)
+
+    def published(self, sample: Sample, picture: Picture) -> Example:
+        """The example that LLaDA-V's training code makes: no filling, and all labels of weight 1."""
+        turns, system = sample.info()["conversations"], self.options.system or self.layout.system
+        try:
+            told = self.tokenizer.dialogue(from_llava(turns), picture.slots, system=system, compat="reference")
+        except ConfigError as error:
+            raise SampleError("bad_conversation", f"{sample}: {error}") from None
+        spans = {(i, i + 1): 1.0 for i, label in enumerate(told.labels) if label != IGNORE}
+        return self.example(sample, told.ids, spans, **picture.given)
 
 
 class _TextToImage(_Task):

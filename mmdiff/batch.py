@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-__all__ = ["IGNORE", "IMAGE", "Batch", "Example", "Layout", "collate", "expand"]
+__all__ = ["IGNORE", "IMAGE", "Batch", "Example", "Layout", "collate", "expand", "fill"]
 
 IMAGE = -200
 """Placeholder id of a vision feature (published code of LLaVA and LLaDA-V)."""
@@ -37,6 +37,8 @@ class Layout:
         image_size: Side of the square input of the vision tower, pixels.
         codes: Image tokens per image, 0 if the model does not draw.
         codebook: K, number of image codes.
+        tiling: How pictures become crops, an `mmdiff.images.Tiling`; None: every picture is one square.
+        system: System message of conversations that have none of their own.
     """
 
     vocab_size: int = 0
@@ -44,6 +46,8 @@ class Layout:
     image_size: int = 64
     codes: int = 0
     codebook: int = 0
+    tiling: Any = None
+    system: str = ""
 
     @property
     def code_offset(self) -> int:
@@ -68,6 +72,7 @@ class Example:
         weights: Float32 [L]; weight of a labelled position in the loss.
         droppable: Bool [L]; prompt positions that are masked when the condition is dropped (for guidance).
         pixels: Float32 [M, 3, S, S] in [-1, 1]: the images of the `IMAGE` slots, in order, or the image to learn.
+        images: `mmdiff.images.Crops` of each image of the `IMAGE` slots instead, for models with a tiling.
     """
 
     key: str
@@ -77,6 +82,7 @@ class Example:
     weights: Float[Tensor, "L"]
     droppable: Bool[Tensor, "L"]
     pixels: Float[Tensor, "M 3 S S"] | None = None
+    images: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +98,8 @@ class Batch:
         droppable: Bool [B, L].
         valid: Bool [B, L]; True = real slot.
         pixels: Float32 [M, 3, S, S], the images of all rows in order; None if there are none.
+        images: Per row its images as `mmdiff.images.Crops`, instead of ``pixels``; empty if there are none at all.
+        t: Float32 [B], times of the rows if they were drawn for a whole step; None if the objective draws them.
     """
 
     keys: tuple[str, ...]
@@ -102,6 +110,8 @@ class Batch:
     droppable: Bool[Tensor, "B L"]
     valid: Bool[Tensor, "B L"]
     pixels: Float[Tensor, "M 3 S S"] | None = None
+    images: tuple[tuple[Any, ...], ...] = ()
+    t: Float[Tensor, "B"] | None = None
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -110,7 +120,8 @@ class Batch:
         """The same batch with every tensor on ``device``."""
         tensors = {k: v for k, v in vars(self).items() if isinstance(v, Tensor)}
         moved: dict[str, Any] = {k: v.to(device, non_blocking=True) for k, v in tensors.items()}
-        return replace(self, **moved)
+        images = tuple(tuple(image.to(device) for image in row) for row in self.images)
+        return replace(self, **moved, images=images)
 
 
 def collate(examples: Sequence[Example]) -> Batch:
@@ -133,7 +144,30 @@ def collate(examples: Sequence[Example]) -> Batch:
         droppable=stack([e.droppable for e in examples], False),
         valid=stack([torch.ones(len(e.ids), dtype=torch.bool) for e in examples], False),
         pixels=torch.cat(pixels) if pixels else None,
+        images=tuple(e.images for e in examples) if any(e.images for e in examples) else (),
     )
+
+
+def fill(examples: Sequence[Example], pad_id: int) -> list[Example]:
+    """Examples as long as the longest, the end of each filled with an id that is learnt with weight 1.
+
+    Source: LLaDA's published fine-tuning and LLaDA-V's first stage.
+    """
+    length = max(len(e.ids) for e in examples)
+
+    def longer(row: Tensor, value: float) -> Tensor:
+        return torch.cat([row, row.new_full((length - len(row),), value)])
+
+    return [
+        replace(
+            e,
+            ids=longer(e.ids, pad_id),
+            labels=longer(e.labels, pad_id),
+            weights=longer(e.weights, 1.0),
+            droppable=longer(e.droppable, False),
+        )
+        for e in examples
+    ]
 
 
 def expand(ids: Sequence[int], labels: Sequence[int], slots: Sequence[int]) -> tuple[list[int], list[int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,7 @@ def estimate(
     Args:
         spec: The recipe.
         device: Where the run will be.
-        loader: Makes the run's loader for a model.
+        loader: Makes a loader for a model; its batches are the parts into which the run cuts its own.
         objective: What is learnt.
         build: Makes the network with its weights.
     """
@@ -32,12 +33,12 @@ def estimate(
     from mmdiff.training.memory import estimate as measure
 
     model = skeleton(spec)
-    batch = loader(model).batch_at(0)
+    batch, train = loader(model).batch_at(0), dataclasses.replace(spec.train, accumulate=1)
     weights = None if spec.quantize is None else quantized_nbytes(model, spec.quantize)
-    planned = measure(model, objective, batch, spec.train, weights=weights)
+    planned = measure(model, objective, batch, train, weights=weights)
     if 2 * planned.total > free_memory(device):
         return planned
-    return measure(build(), objective, batch, spec.train, device)
+    return measure(build(), objective, batch, train, device)
 
 
 def skeleton(spec: RunConfig) -> Any:

@@ -30,7 +30,7 @@ class RunConfig:
     quantize: Literal["nf4", "int8"] | None = None
     """Hold the backbone's frozen linear layers in 4 or 8 bits; needs ``train.lora`` and the extra ``quant``."""
     tokenizer: str | None = None
-    """Folder with tokenizer.json, needed by every task with text; default: the one that lies in ``init_from``."""
+    """Folder or hub id with tokenizer.json, needed by every task with text; default: the one in ``init_from``."""
     image_tokenizer: str | None = None
     """Model folder of the image tokenizer that made the codes; copied into the result, so that it can draw."""
     classes: str | None = None

@@ -7,7 +7,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -217,7 +217,7 @@ def _tokenizer(spec: RunConfig, *, weights: bool = True) -> Tokenizer | None:
     if spec.tokenizer is None and spec.init_from is not None:
         folder = resolve(spec.init_from, weights=weights)
         return Tokenizer.from_pretrained(folder) if (folder / "tokenizer.json").is_file() else None
-    return Tokenizer.from_pretrained(spec.tokenizer) if spec.tokenizer else None
+    return Tokenizer.from_pretrained(resolve(spec.tokenizer, weights=False)) if spec.tokenizer else None
 
 
 def _image_tokenizer(spec: RunConfig) -> Any:
@@ -259,10 +259,11 @@ def _estimate(spec: RunConfig, device: str) -> Estimate:
     from mmdiff.commands.dry_run import estimate
 
     tokenizer = _tokenizer(spec, weights=False)
+    part = -(-spec.data.batch_size // spec.train.accumulate)
 
     def loader(model: Any) -> Any:
         layout = _checked_layout(spec, model, tokenizer, _image_tokenizer(spec))
-        return _loader(spec, tokenizer, layout, None)
+        return _loader(replace(spec, data=replace(spec.data, batch_size=part)), tokenizer, layout, None)
 
     return estimate(spec, device, loader, _objective(spec), lambda: _quantized(spec, _model(spec), device))
 

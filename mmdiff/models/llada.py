@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from mmdiff.batch import Layout
 from mmdiff.config import Field, config
 from mmdiff.errors import ConfigError
 from mmdiff.models.base import PretrainedModule
@@ -223,6 +224,24 @@ class LLaDA(PretrainedModule):
         if self.config.tied:
             return nn.functional.linear(hidden, self.embed_tokens.weight)
         return self.lm_head(hidden)
+
+    def layout(self) -> Layout:
+        """What this model expects of a sequence: text alone."""
+        return Layout(vocab_size=self.config.vocab_size)
+
+    def embed_slots(self, ids: Int[Tensor, "B L"], images: None = None) -> Float[Tensor, "B L D"]:
+        """Input embeddings of a canvas; the same call as of networks that see images.
+
+        Raises:
+            ConfigError: Images are given.
+        """
+        if images is not None:
+            raise ConfigError("this model sees no images; leave them out, or use a model with a vision tower")
+        return self.embed_tokens(ids)
+
+    def text_head(self, hidden: Float[Tensor, "*B D"]) -> Float[Tensor, "*B V"]:
+        """Text logits of hidden states; the same call as of networks with several heads."""
+        return self.head(hidden)
 
     def _blocks(
         self,

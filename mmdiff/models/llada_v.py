@@ -93,7 +93,13 @@ class LLaDAV(PretrainedModule):
     def layout(self) -> Layout:
         """What this model expects of a sequence."""
         tower = self.config.vision
-        return Layout(vocab_size=self.config.language.vocab_size, features=tower.tokens, image_size=tower.image_size)
+        return Layout(
+            vocab_size=self.config.language.vocab_size,
+            features=tower.tokens,
+            image_size=tower.image_size,
+            tiling=self.config.tiling,
+            system=self.config.system,
+        )
 
     def features(self, pixels: Float[Tensor, "M 3 S S"]) -> Float[Tensor, "M N D"]:
         """Connected features of M crops in [-1, 1], N per crop, in the backbone's width."""

@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -332,6 +332,10 @@ class _Run:
         """Gradients of a batch, clipped; (per-task and total loss as (sum, number), norm before clipping)."""
         seed_layers(self.device, rng.derive(self.config.seed, "layers", self.samples))
         names, numbers, position = [], [], self.samples
+        times = getattr(self.objective, "times", None)
+        if self.config.accumulate > 1 and times is not None:
+            # Drawn here, because a part knows nothing of the others and times are spread over all rows.
+            batch = replace(batch, t=times(len(batch), rng.generator(self.config.seed, "times", position)))
         for part in split(batch, self.config.accumulate):
             generator = rng.generator(self.config.seed, "objective", position)
             with optim.arithmetic(self.device, self.config.autocast):

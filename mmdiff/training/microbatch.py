@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +35,7 @@ def split(batch: Batch, parts: int) -> list[Batch]:
 
 def _images_per_row(batch: Batch) -> Tensor:
     if batch.pixels is None:
+        # Images with a tiling lie row by row and are cut with the rows.
         return torch.zeros(len(batch), dtype=torch.long)
     images, slots = len(batch.pixels), (batch.ids == IMAGE).sum(1)
     if not bool(slots.any()) and images == len(batch):
@@ -48,6 +50,7 @@ def _images_per_row(batch: Batch) -> Tensor:
 
 
 def _rows(batch: Batch, first: int, last: int, images: slice) -> Batch:
-    cut = {f.name: getattr(batch, f.name)[first:last] for f in fields(Batch) if f.name != "pixels"}
+    given = {f.name: getattr(batch, f.name) for f in fields(Batch) if f.name != "pixels"}
+    cut: dict[str, Any] = {name: None if value is None else value[first:last] for name, value in given.items()}
     pixels = batch.pixels[images] if batch.pixels is not None and images.stop > images.start else None
     return Batch(**cut, pixels=pixels)

@@ -18,6 +18,7 @@ from mmdiff import rng
 from mmdiff.batch import IGNORE, Batch
 from mmdiff.config import Field, config
 from mmdiff.diffusion import masking, objectives
+from mmdiff.errors import ConfigError
 
 __all__ = ["Autoencoding", "Contrastive", "Losses", "Masked", "Objective", "ObjectiveConfig", "build"]
 
@@ -56,12 +57,26 @@ class Masked:
     """How answers are masked. count: l of L positions, l uniform, weight L / l; independent: each with probability
     p(t), weight 1 / p, as LLaDA published. Same expectation; for short answers the weights of count stay small."""
     stratified: bool = True
-    """Spread the times of a batch evenly (lower variance, same expectation)."""
+    """Spread the times of a batch evenly (low discrepancy: lower variance, same expectation)."""
+    complementary: bool = False
+    """Read every row twice, the second time with the other answer positions masked, and take the plain mean of the
+    cross-entropy over all of them: every token is learnt in every step, images are encoded once (LaViDa, arXiv
+    2505.16839). Rows with image codes are not doubled. ``masking`` then only says how the first mask is drawn."""
+
+    def times(self, rows: int, generator: torch.Generator) -> Tensor | None:
+        """Times of all rows of a step, for batches that are cut into parts; None if each part may draw its own."""
+        if not self.stratified:
+            return None
+        t = masking.stratified_times(rng.uniform(generator, (rows,)))
+        return t[rng.permutation(generator, 1, rows)[0]]
 
     def __call__(self, model: Any, batch: Batch, generator: torch.Generator) -> Losses:
         """Loss of text answers (LLaDA's SFT loss) plus loss of image codes (MaskGIT's)."""
         noised = _noise(self, model, batch, generator)
-        hidden = model.hidden(embeds=model.embed_slots(noised.ids, _seen(model, batch)), valid=batch.valid)
+        embeds = model.embed_slots(noised.ids, _seen(batch))
+        if self.complementary:
+            return self._both_halves(model, batch, noised, embeds)
+        hidden = model.hidden(embeds=embeds, valid=batch.valid)
         text, weights = noised.text, batch.weights * noised.labels_text
         terms: dict[str, tuple[Tensor, int]] = {}
         total = hidden.new_zeros(())
@@ -79,6 +94,26 @@ class Masked:
             total = total + self.image_weight * loss.mean()
             _count(terms, batch, _row_sum(loss.detach(), image) / image.sum(1).clamp_min(1), image.any(1))
         return Losses(total, terms)
+
+    def _both_halves(self, model: Any, batch: Batch, noised: _Noised, embeds: Tensor) -> Losses:
+        """Mean cross-entropy of answer positions, each masked in one of two copies of its row."""
+        if bool(noised.image.any()):
+            raise ConfigError("objective.complementary is for answers in text; this batch holds image codes to draw")
+        first, labels = noised.text, noised.labels_text
+        second = labels & ~first
+        mask = model.embed_slots(torch.full_like(batch.ids[:1, :1], _mask_id(model)))
+        told = model.embed_slots(batch.ids.masked_fill(~labels, 0)).to(embeds.dtype)
+        other = torch.where(second[..., None], mask.to(embeds.dtype), torch.where(first[..., None], told, embeds))
+        both = torch.cat([first, second])
+        hidden = model.hidden(embeds=torch.cat([embeds, other]), valid=batch.valid.repeat(2, 1))
+        loss = objectives.chunked_cross_entropy(hidden[both], batch.labels.repeat(2, 1)[both], model.text_head)
+        weights = (batch.weights * labels).repeat(2, 1)
+        summed = _row_sum(loss * weights[both], both).unflatten(0, (2, -1)).sum(0)
+        per_row = summed / (batch.weights * labels).sum(1).clamp_min(torch.finfo(weights.dtype).tiny)
+        terms: dict[str, tuple[Tensor, int]] = {}
+        _count(terms, batch, per_row.detach(), labels.any(1))
+        total = summed.sum() / weights[: len(batch)].sum().clamp_min(torch.finfo(weights.dtype).tiny)
+        return Losses(self.text_weight * total, terms)
 
 
 @config
@@ -146,7 +181,9 @@ def _noise(spec: Masked, model: Any, batch: Batch, generator: torch.Generator) -
     b, length = batch.ids.shape
     t, drop = rng.uniform(generator, (2, b), device=device)
     u = rng.uniform(generator, (b, length), device=device)
-    if spec.stratified:
+    if batch.t is not None:
+        t = batch.t
+    elif spec.stratified:
         t = masking.stratified_times(t)[rng.permutation(generator, 1, b, device=device)[0]]
     targets = batch.labels != IGNORE
     is_code = targets & (batch.labels >= layout.code_offset)
@@ -159,15 +196,17 @@ def _noise(spec: Masked, model: Any, batch: Batch, generator: torch.Generator) -
         text = masking.independent_mask(p, u, labels_text)
     image = masking.exact_count_mask(masking.masked_share(t), u, is_code)
     dropped = (drop < spec.drop_prompt)[:, None] & is_code.any(1, keepdim=True) & batch.droppable
-    ids = batch.ids.masked_fill(text | dropped, model.config.language.mask_id)
+    ids = batch.ids.masked_fill(text | dropped, _mask_id(model))
     return _Noised(ids.masked_fill(image, layout.code_mask_id), text, image, labels_text, p)
 
 
-def _seen(model: Any, batch: Batch) -> Tensor | None:
-    """The images in the dtype of the tower's weights."""
-    if batch.pixels is None:
-        return None
-    return batch.pixels.to(next(getattr(model, "vision", model).parameters()).dtype)
+def _mask_id(model: Any) -> int:
+    return int(getattr(model.config, "language", model.config).mask_id)
+
+
+def _seen(batch: Batch) -> Any:
+    """The images of all rows in order."""
+    return [image for row in batch.images for image in row] if batch.images else batch.pixels
 
 
 def _pixels(batch: Batch) -> Tensor:
