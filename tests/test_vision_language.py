@@ -235,3 +235,24 @@ def test_a_film_is_read_at_its_limit():
     for bad in (Video([]), Video(frames, limit=0)):
         with pytest.raises(ConfigError, match="frames"):
             _ = bad.pictures
+
+
+@pytest.mark.parametrize("words", [{"preset": "exact"}, {}, {"compat": "reference", "block_length": 4}])
+def test_an_answer_ends_before_its_stop_and_nothing_is_written_behind_it(vlm, words):
+    items, question, seen = [ITEMS["wide"], ITEMS["tall"], ITEMS["large"]], "how many dogs are there?", []
+    vlm.ask(items, question, callback_on_step_end=lambda *state: seen.append(state[3]["tokens"].clone()), **words)
+    spent = sum(vlm.trace.row_nfe)
+    tokenizer = vlm.checkpoint.tokenizer
+    texts = {tokenizer.decode([i]) for i in seen[0][seen[0] != tokenizer.mask_id].tolist()}
+    stops = [t for t in texts if t.strip() and len(tokenizer.encode(t)) == 1]
+    assert stops, "the test needs a token decided in the first pass that text can spell"
+    stopped = vlm.ask(items, question, stop=stops, **words)
+    assert sum(vlm.trace.row_nfe) < spent
+    assert not [t for t in stopped for stop in stops if stop in t]
+    assert stopped == [vlm.ask(i, question, stop=stops, **words) for i in items]
+
+
+@pytest.mark.parametrize("stop", ["", ["a", ""], [3]])
+def test_a_stop_that_is_no_text_is_refused(vlm, stop):
+    with pytest.raises(ConfigError, match="stop"):
+        vlm.ask(ITEMS["small"], "no", stop=stop)

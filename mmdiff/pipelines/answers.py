@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from mmdiff.errors import ConfigError
 from mmdiff.pipelines.base import Checkpoint
 from mmdiff.pipelines.prompts import Prompt, Prompter
 from mmdiff.pipelines.words import TextWords, report_steps, sources, with_defaults
-from mmdiff.sampling import Canvas, Decoded, Step, TextBackbone, layout, steps
+from mmdiff.sampling import Canvas, Decoded, Linear, Step, Stop, TextBackbone, layout, steps
 from mmdiff.sampling.presets import Parts, text_parts
 
 __all__ = ["MASK_SIGN", "Answers", "check_length", "place_images"]
@@ -70,6 +71,7 @@ class Answers:
     def __post_init__(self) -> None:
         options: dict[str, Any] = with_defaults(self.words, self.checkpoint.defaults.get("text", {}), TextWords)
         self.gen_length: int = options.pop("gen_length", _GEN_LENGTH)
+        self.stops = _stop_texts(options.pop("stop", ()))
         self.seeds, self.generator = options.pop("seeds", None), options.pop("generator", None)
         self.callback = report_steps(self.owner, options.pop("callback_on_step_end", None))
         self.options = options
@@ -80,7 +82,17 @@ class Answers:
 
     def parts(self, gen_length: int) -> Parts:
         """Parts of the engine for answers of at most ``gen_length`` tokens."""
-        return text_parts(gen_length=gen_length, end_ids=self.end_ids, forbid=self._forbidden(), **self.options)
+        parts = text_parts(gen_length=gen_length, end_ids=self.end_ids, forbid=self._forbidden(), **self.options)
+        stops = tuple(tuple(self.tokenizer.encode(stop)) for stop in self.stops)
+        if self._is_llada_v and self.options.get("compat") == "reference":
+            # Its published loop leaves a block with its last mask, and looks for the end of turn in every pass.
+            if isinstance(parts.schedule, Linear):
+                parts = dataclasses.replace(parts, schedule=dataclasses.replace(parts.schedule, idle=False))
+            return dataclasses.replace(parts, exit=Stop((*stops, self.end_ids[1:]), self.end_ids[0], published=True))
+        if stops:
+            ends = tuple((i,) for i in self.end_ids)
+            parts = dataclasses.replace(parts, exit=Stop((*stops, *ends), self.end_ids[0]))
+        return parts
 
     def canvas(self, prompts: Sequence[Prompt]) -> Canvas:
         """Prompts followed by masks.
@@ -144,8 +156,11 @@ class Answers:
         return list(ids[:end])
 
     def read(self, ids: Sequence[int]) -> str:
-        """Text of an answer."""
-        return self.tokenizer.decode(self.cut(ids)).strip()
+        """Text of an answer, up to the first of the user's stops."""
+        text = self.tokenizer.decode(self.cut(ids))
+        # A stop may be spelled by other ids than its own, so the text has the last word.
+        ends = [place for stop in self.stops if (place := text.find(stop)) >= 0]
+        return text[: min(ends, default=len(text))].strip()
 
     def draft(self, step: Step) -> str:
         """Text of an unfinished answer, open slots shown as signs."""
@@ -160,10 +175,14 @@ class Answers:
             known = []
         return MASK_SIGN.join(runs).strip()
 
+    @property
+    def _is_llada_v(self) -> bool:
+        return getattr(getattr(self.checkpoint.model, "config", None), "type", None) == "llada_v"
+
     def _forbidden(self) -> tuple[int, ...]:
-        t, family = self.tokenizer, getattr(self.checkpoint.model, "config", None)
+        t = self.tokenizer
         frame = (t.bos_id, t.start_header_id, t.end_header_id)
-        if getattr(family, "type", None) == "llada_v":
+        if self._is_llada_v:
             return (t.eos_id, *frame)  # as published; its answers end with the end of turn
         # LLaDA's published sampler forbids nothing.
         published = self.options.get("preset") == "exact" or self.options.get("compat") == "reference"
@@ -182,3 +201,10 @@ class Answers:
             if self.callback is not None:
                 self.callback(step)
             yield step
+
+
+def _stop_texts(stop: Any) -> tuple[str, ...]:
+    texts = (stop,) if isinstance(stop, str) else tuple(stop)
+    if not all(isinstance(t, str) and t for t in texts):
+        raise ConfigError(f"stop {stop!r:.80}: give a text or a list of texts, none of them empty")
+    return texts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ from mmdiff.diffusion.likelihood import confidence_score, log_likelihood, strati
 from mmdiff.errors import ConfigError
 from mmdiff.pipelines.answers import check_length, place_images
 from mmdiff.pipelines.base import Checkpoint
-from mmdiff.sampling import Cfg, TextBackbone, layout
+from mmdiff.sampling import Canvas, Cfg, TextBackbone, layout
 
 __all__ = ["Method", "Scoring", "answer_logits", "score_answer"]
 
@@ -100,6 +101,9 @@ def answer_logits(
     def logits(masked: Tensor) -> Tensor:
         rows = canvas.select(torch.zeros(len(masked), dtype=torch.long, device=masked.device))
         rows.tokens[:, here].masked_fill_(masked, backbone.mask_id)
-        return Cfg(guidance).logits(backbone, rows, index.expand(len(masked), -1))
+        branches = Cfg(guidance).branches(rows, backbone.null_id)
+        tall = functools.reduce(Canvas.stack, branches)
+        read = backbone.forward(tall, index.expand(len(tall), -1))
+        return Cfg(guidance).combine(read.chunk(len(branches)))
 
     return logits

@@ -69,7 +69,7 @@ class TextGenerator(Pipeline):
             text: Text with gaps, or a list of texts.
             mask: What a gap looks like.
             tokens_per_mask: Tokens that fill one gap.
-            **words: Options; ``gen_length`` and ``block_length`` have no meaning here.
+            **words: Options; ``gen_length``, ``block_length`` and ``stop`` have no meaning here.
 
         Returns:
             The whole text with its gaps filled, or a list of them.
@@ -141,8 +141,8 @@ def fill(
     Raises:
         ConfigError: A text without a gap, or an option without meaning.
     """
-    if "gen_length" in answers.words or "block_length" in answers.words:
-        raise ConfigError("infill: the gaps say how much is generated; drop gen_length and block_length")
+    if useless := sorted({"gen_length", "block_length", "stop"} & set(answers.words)):
+        raise ConfigError(f"infill: the gaps say how much is generated; drop {' and '.join(useless)}")
     if not mask or tokens < 1:
         raise ConfigError(f"infill: mask {mask!r} must not be empty, tokens_per_mask {tokens} at least 1")
     end = [answers.tokenizer.eot_id] if ended else []

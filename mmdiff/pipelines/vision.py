@@ -50,7 +50,8 @@ class VisionLanguage(Pipeline):
         Args:
             image: As in `caption`.
             question: Text, or one per item; a single one is asked about every item.
-            **words: Options; see `mmdiff.sampling.presets.text_parts`.
+            **words: Options; see `mmdiff.sampling.presets.text_parts`. ``stop`` is a text, or several, at which an
+                answer ends.
 
         Returns:
             Text, or a list of texts in the same order.
@@ -102,7 +103,7 @@ class VisionLanguage(Pipeline):
             question: What was asked, one for all or one per item.
             mask: What a gap looks like.
             tokens_per_mask: Tokens that fill one gap.
-            **words: Options; ``gen_length`` and ``block_length`` have no meaning here.
+            **words: Options; ``gen_length``, ``block_length`` and ``stop`` have no meaning here.
 
         Returns:
             The answer with its gaps filled, or a list of them.

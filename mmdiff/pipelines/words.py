@@ -45,6 +45,7 @@ class TextWords(TypedDict, total=False):
     guidance: float
     cfg_scale: float
     remasking: str
+    stop: str | Sequence[str]
     seeds: int | Sequence[int]
     generator: Generators
     callback_on_step_end: Callback
