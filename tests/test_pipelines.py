@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 
 import numpy as np
@@ -10,12 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
+import mmdiff
 from mmdiff import rng
 from mmdiff.errors import CheckpointError, ConfigError
 from mmdiff.models import llada
 from mmdiff.pipelines import Checkpoint, ImageGenerator, Pipeline, TextGenerator, Video, VisionLanguage
 from mmdiff.pipelines.answers import Answers
-from tests.helpers import tiny
+from tests.helpers import published, tiny
 
 
 @pytest.fixture(scope="module")
@@ -312,3 +314,20 @@ def test_drawing_refuses_what_cannot_be_meant(gen, arguments, message):
 def test_answering_refuses_what_cannot_be_meant(vlm, words, message):
     with pytest.raises(ConfigError, match=message):
         vlm.caption(picture(0), **words)
+
+
+def test_an_illada_folder_continues_text_and_refuses_to_chat(tmp_path):
+    tree = {k: v for k, v in published.LLAMA.items() if k != "mask_token_id"}
+    tree |= {"architectures": ["ILLaDAForCausalLM"], "model_type": "illada", "bos_token_id": 0, "eos_token_id": 2}
+    published.publish(tmp_path, "llama", tree)
+    vocab = {"<s>": 0, "<pad>": 1, "</s>": 2, "a": 3, "b": 4, "<[MASK]>": 5} | {chr(96 + i): i for i in range(6, 27)}
+    flags = {"special": True, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    added = [{"id": i, "content": t} | flags for t, i in vocab.items() if t[0] == "<"]
+    model = {"type": "BPE", "vocab": vocab, "merges": []}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0", "added_tokens": added, "model": model}))
+    m = mmdiff.load(tmp_path, dtype=torch.float32)
+    assert m.capabilities == {"generate_text", "infill"}
+    assert isinstance(m.text.generate("ab", gen_length=4), str)
+    assert m.text.loglikelihood("ab", "ba", samples=4) < 0
+    with pytest.raises(ConfigError, match="template"):
+        m.text.chat([{"role": "user", "content": "ab"}])

@@ -173,6 +173,29 @@ def test_missing_special_tokens_are_named(tmp_path: Path) -> None:
         Tokenizer.from_pretrained(tmp_path)
 
 
+def test_a_tokenizer_of_other_spellings_takes_its_ids_from_the_network_and_has_no_template(tmp_path: Path) -> None:
+    vocab = {"<s>": 0, "<pad>": 1, "</s>": 2, "a": 3, "b": 4, "<[MASK]>": 5}
+    added = [{"id": i, "content": t, "special": True} for t, i in vocab.items() if t[0] == "<"]
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    tree = {
+        "version": "1.0",
+        "added_tokens": [a | flags for a in added],
+        "model": {"type": "BPE", "vocab": vocab, "merges": []},
+    }
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tree))
+    known = {"mask_id": 5, "bos_id": 0, "eos_id": 2, "eot_id": 2}
+    first = Tokenizer.from_pretrained(tmp_path, known=known)
+    for tokenizer in (first, pickle.loads(pickle.dumps(first))):
+        assert (tokenizer.mask_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.eot_id) == (5, 0, 2, 2)
+        assert not tokenizer.has_template
+        assert tokenizer.encode("ab<[MASK]>a") == [3, 4, 3]
+        assert tokenizer.decode([5, 3, 2]).strip() == "a"
+        for call in (lambda t=tokenizer: t.chat(USER), lambda t=tokenizer: t.dialogue(USER)):
+            with pytest.raises(ConfigError, match="template"):
+                call()
+    assert TOKENIZER.has_template
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"model": 3}', "\ud7ff{}"])
 def test_a_file_that_is_no_tokenizer_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "tokenizer.json").write_text(text, encoding="utf-8")

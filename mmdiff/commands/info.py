@@ -33,7 +33,7 @@ def describe(path_or_id: str | Path) -> dict[str, Any]:
 
     Returns:
         Keys ``path tensors parameters bytes dtypes``, and for a checkpoint with a config.json also ``family layout
-        config licence capabilities tokenizer image_tokenizer classes manifest``.
+        unused config licence capabilities tokenizer image_tokenizer classes manifest``.
 
     Raises:
         CheckpointError: Missing, damaged, of no known family, or not fitting its configuration.
@@ -52,16 +52,16 @@ def _checkpoint(identity: Identity) -> dict[str, Any]:
     from mmdiff import config as configs
     from mmdiff.io import card
     from mmdiff.io.atomic import MANIFEST
+    from mmdiff.io.checkpoint import read_tensors
     from mmdiff.io.folder import open_checkpoint
     from mmdiff.models.registry import build
-    from mmdiff.pipelines.base import Checkpoint
-    from mmdiff.text import Tokenizer
+    from mmdiff.pipelines.base import Checkpoint, read_tokenizer
 
     folder = identity.path if identity.path.is_dir() else identity.path.parent
-    tokenizer = Tokenizer.from_pretrained(folder) if (folder / "tokenizer.json").is_file() else None
+    tokenizer = read_tokenizer(folder, identity.config)
     tokens = folder / "image_tokenizer"
     images = describe(tokens) if tokens.is_dir() else None
-    classes = _classes(folder)
+    classes, used = _classes(folder), open_checkpoint(identity).info
     parts = Checkpoint(
         model=build(identity.config, device="meta"), tokenizer=tokenizer, image_tokenizer=images, classes=classes
     )
@@ -69,7 +69,8 @@ def _checkpoint(identity: Identity) -> dict[str, Any]:
         "path": str(identity.path),
         "family": identity.family,
         "layout": identity.layout,
-        **_weights(open_checkpoint(identity).info),
+        **_weights(used),
+        "unused": len(read_tensors(identity.path).info) - len(used),
         "licence": card.licence_of(folder),
         "capabilities": sorted(parts.capabilities),
         "tokenizer": _tokenizer(tokenizer),
@@ -115,11 +116,13 @@ def _text(report: dict[str, Any]) -> str:
         f"  weights: {report['parameters']:,} parameters in {report['tensors']:,} tensors, {report['bytes']:,} bytes, "
         f"{report['files']} file{'s' if report['files'] != 1 else ''}; {dtypes}",
     ]
+    if report.get("unused"):
+        lines[1] += f"; {report['unused']:,} more tensors of the published layout are not used"
     if "family" not in report:
         return "\n".join([*lines, "  no config.json beside it: the family is not known"])
     tokenizer, images = report["tokenizer"], report["image_tokenizer"]
     special = ", ".join(f"{k.removesuffix('_id')} {v}" for k, v in (tokenizer or {}).items() if k != "vocab_size")
-    sizes = ", ".join(f"{key} {value}" for key, value in _flat(report["config"]))
+    sizes = ", ".join(f"{key} {value}" for key, value in _flat(report["config"]) if key != "system")
     lines[1:1] = [f"  family: {report['family']} in the layout {report['layout']!r}", f"  sizes: {sizes}"]
     lines += [
         f"  capabilities: {', '.join(report['capabilities']) or 'none without a tokenizer beside it'}",

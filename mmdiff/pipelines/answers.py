@@ -77,7 +77,7 @@ class Answers:
         self.options = options
         self.prompter = Prompter(self.checkpoint, options.get("compat"))
         self.tokenizer = self.prompter.tokenizer
-        self.end_ids = (self.tokenizer.eos_id, self.tokenizer.eot_id)
+        self.end_ids = (self.tokenizer.eos_id, self.tokenizer.eot_id)  # the filler first
         self.backbone = TextBackbone(self.checkpoint.model)
 
     def parts(self, gen_length: int) -> Parts:
@@ -181,7 +181,7 @@ class Answers:
 
     def _forbidden(self) -> tuple[int, ...]:
         t = self.tokenizer
-        frame = (t.bos_id, t.start_header_id, t.end_header_id)
+        frame = tuple(i for i in (t.bos_id, t.start_header_id, t.end_header_id) if i is not None)
         if self._is_llada_v:
             return (t.eos_id, *frame)  # as published; its answers end with the end of turn
         # LLaDA's published sampler forbids nothing.

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from mmdiff.pipelines.vision import VisionLanguage
     from mmdiff.sampling import Trace
 
-__all__ = ["Checkpoint", "Pipeline", "load"]
+__all__ = ["Checkpoint", "Pipeline", "load", "read_tokenizer"]
 
 P = TypeVar("P", bound="Pipeline")
 
@@ -70,10 +70,12 @@ class Checkpoint:
         """What it can do."""
         can: set[str] = set()
         if self.tokenizer is not None and hasattr(self.model, "hidden"):
-            can |= {"generate_text", "infill", "chat"}
-            if self.layout.features:
+            can |= {"generate_text", "infill"}
+            template = self.tokenizer.has_template
+            can |= {"chat"} if template else set()
+            if self.layout.features and template:
                 can |= {"caption", "ask"}
-            if self.layout.codes and self.image_tokenizer is not None:
+            if self.layout.codes and template and self.image_tokenizer is not None:
                 can |= {"text_image", "class_image"} if self.classes else {"text_image"}
         return frozenset(can)
 
@@ -239,12 +241,30 @@ def load(
     tokens, place = folder / "image_tokenizer", getattr(model, "main_device", device)
     checkpoint = Checkpoint(
         model=model.eval(),
-        tokenizer=Tokenizer.from_pretrained(folder) if (folder / "tokenizer.json").is_file() else None,
+        tokenizer=read_tokenizer(folder, model.config),
         image_tokenizer=load_model(tokens, device=place).eval() if tokens.is_dir() else None,
         classes=tuple(_read_json(folder / "classes.json", list)),
         defaults=_defaults(_read_json(folder / _GENERATION_FILE, dict)),
     )
     return Pipeline(checkpoint)
+
+
+def read_tokenizer(folder: Path, config: Any) -> Tokenizer | None:
+    """The tokenizer in a checkpoint's folder; None if there is none.
+
+    Args:
+        folder: The folder.
+        config: The network's configuration, which knows the special ids of a tokenizer that spells them differently.
+
+    Raises:
+        CheckpointError: It is damaged, or of another family.
+    """
+    if not (folder / "tokenizer.json").is_file():
+        return None
+    language = getattr(config, "language", config)
+    names = ("mask_id", "bos_id", "eos_id", "eot_id")
+    known = {n: getattr(language, n) for n in names} if hasattr(language, "mask_id") else None
+    return Tokenizer.from_pretrained(folder, known=known)
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

@@ -145,7 +145,7 @@ def fill(
         raise ConfigError(f"infill: the gaps say how much is generated; drop {' and '.join(useless)}")
     if not mask or tokens < 1:
         raise ConfigError(f"infill: mask {mask!r} must not be empty, tokens_per_mask {tokens} at least 1")
-    end = [answers.tokenizer.eot_id] if ended else []
+    end: list[int | None] = [answers.tokenizer.eot_id] if ended else []
     rows = [_gaps(t, mask, tokens, answers.tokenizer.encode) + end for t in texts]
     canvas = answers.lay_out([p.ids for p in prompts], rows, [i for p in prompts for i in p.images])
     parts = dataclasses.replace(

@@ -41,31 +41,44 @@ class Tokenizer:
         definition: The text of a ``tokenizer.json``.
         settings: The content of a ``tokenizer_config.json``, kept for saving.
         where: Name for messages.
+        known: Ids ``mask_id``, ``bos_id``, ``eos_id`` and ``eot_id`` that the network's configuration tells, for a
+            tokenizer that spells them in another way (iLLaDA's). Such a tokenizer has no chat template here.
 
     Raises:
-        CheckpointError: Not a tokenizer, or one of `SPECIAL_TOKENS` is missing.
+        CheckpointError: Not a tokenizer, or one of `SPECIAL_TOKENS` is missing and ``known`` does not tell.
     """
 
     def __init__(
-        self, definition: str, settings: Mapping[str, Any] | None = None, where: str = "tokenizer.json"
+        self,
+        definition: str,
+        settings: Mapping[str, Any] | None = None,
+        where: str = "tokenizer.json",
+        known: Mapping[str, int] | None = None,
     ) -> None:
         self._definition = definition
         self._settings = dict(settings) if settings is not None else _settings()
         self._core = _core(definition, where)
         ids = {spelling: self._core.token_to_id(spelling) for spelling in SPECIAL_TOKENS}
         missing = [spelling for spelling, i in ids.items() if i is None]
-        if missing:
+        self.has_template = not missing
+        if missing and known is None:
             raise CheckpointError(
                 f"{where}: lacks the special tokens {', '.join(missing)}; it is not of LLaDA's family"
             )
-        self.eos_id, self.bos_id, self.mask_id, self.start_header_id, self.end_header_id, self.eot_id = ids.values()
+        self._known = known if missing else None
+        eos, bos, mask, self.start_header_id, self.end_header_id, eot = ids.values()
+        self.eos_id: int = eos if self._known is None else self._known["eos_id"]
+        self.bos_id: int = bos if self._known is None else self._known["bos_id"]
+        self.mask_id: int = mask if self._known is None else self._known["mask_id"]
+        self.eot_id: int = eot if self._known is None else self._known["eot_id"]
         added = self._core.get_added_tokens_decoder()
-        self._special = frozenset(i for i, token in added.items() if token.special)
+        named = (self.eos_id, self.bos_id, self.mask_id, self.eot_id)
+        self._special = frozenset([*named, *(i for i, token in added.items() if token.special)])
         self.vocab_size: int = max(self._core.get_vocab(with_added_tokens=True).values()) + 1
         self._cache: dict[str, tuple[int, ...]] = {}
 
     def __reduce__(self) -> tuple[Callable[..., Tokenizer], tuple[Any, ...]]:
-        return type(self), (self._definition, self._settings)
+        return type(self), (self._definition, self._settings, "tokenizer.json", self._known)
 
     @property
     def pad_id(self) -> int:
@@ -78,11 +91,12 @@ class Tokenizer:
         return self._special
 
     @classmethod
-    def from_pretrained(cls, path: str | Path) -> Tokenizer:
+    def from_pretrained(cls, path: str | Path, *, known: Mapping[str, int] | None = None) -> Tokenizer:
         """Read ``tokenizer.json`` (and ``tokenizer_config.json`` beside it).
 
         Args:
             path: The file, or its folder.
+            known: As in the class.
 
         Raises:
             CheckpointError: Missing, not a tokenizer, or without `SPECIAL_TOKENS`.
@@ -95,7 +109,7 @@ class Tokenizer:
             settings = json.loads(_read(beside)) if beside.is_file() else None
         except ValueError as error:
             raise CheckpointError(f"{beside}: is not JSON ({error})") from None
-        return cls(definition, settings if isinstance(settings, dict) else None, str(file))
+        return cls(definition, settings if isinstance(settings, dict) else None, str(file), known)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write ``tokenizer.json`` and ``tokenizer_config.json``; a tokenizer that was read is written unchanged."""
@@ -188,6 +202,7 @@ class Tokenizer:
 
         Source: LLaDA's published chat template; LLaDA-V's "<image>" + newline + question.
         """
+        self._need_template()
         if not messages or messages[-1].get("role") != "user":
             raise ConfigError("chat: the last message must be from the user")
         turns = [(role, content.stripped()) for role, content in turns_of(messages, system)]
@@ -224,6 +239,7 @@ class Tokenizer:
 
         Source: LLaDA-V's published ``preprocess_llada``.
         """
+        self._need_template()
         if not messages or messages[-1].get("role") != "assistant":
             raise ConfigError("dialogue: the last message must be from the assistant")
         script, spans = Script(self, image_slots), []
@@ -246,6 +262,10 @@ class Tokenizer:
         text = self.encode(caption + "\n")
         ids = [IMAGE] * image_slots + text
         return Dialogue(ids, [IGNORE] * image_slots + text, ((image_slots, len(ids)),))
+
+    def _need_template(self) -> None:
+        if not self.has_template:
+            raise ConfigError("chat: this tokenizer lacks the special tokens of LLaDA's template; continue plain text")
 
     def _encode(self, text: str) -> tuple[int, ...]:
         ids = self._core.encode(text, add_special_tokens=False).ids

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from mmdiff import rng
@@ -72,6 +73,16 @@ def test_info_of_bare_weights_and_of_published_folders(tmp_path):
     report = json.loads(run("info", tmp_path / "v", "--json").stdout)
     assert (report["family"], report["layout"], report["licence"]) == ("llada_v", "llada-v", None)
     assert len(report["dtypes"]) == 3
+
+
+def test_info_of_a_tower_tells_what_is_left_out(tmp_path):
+    tensors = published.publish(tmp_path, "siglip")
+    count = sum(t.numel() for t in tensors.values())
+    extra = {"vision_model.head.probe": torch.zeros(1, 1, 12), "logit_scale": torch.zeros(1)}
+    save_file(tensors | extra, tmp_path / "model.safetensors")
+    report = json.loads(run("info", tmp_path, "--json").stdout)
+    assert (report["family"], report["parameters"], report["unused"]) == ("siglip", count, 2)
+    assert "2 more tensors of the published layout are not used" in run("info", tmp_path).stdout
 
 
 def test_convert_there_and_back_from_the_command_line(tmp_path):

@@ -82,6 +82,8 @@ def losses(case: str, model: LLaDA, config: Any, inputs: dict[str, Tensor]) -> d
     p = masking.mask_probability(t, config["eps"])
     masked = masking.independent_mask(p, u, maskable)
     noisy = ids.masked_fill(masked, model.config.mask_id)
+    # The published snippets find masks by their id, so that one that belongs to the data counts as well.
+    masked = noisy == model.config.mask_id
     model.zero_grad()
     entropy = objectives.chunked_cross_entropy(model.hidden(noisy)[masked], ids[masked], model.head)
     weights = objectives.token_weights(masked, p, maskable.float())[masked]

@@ -195,6 +195,8 @@ def asked(conversation: str, config: dict[str, Any]) -> list[dict[str, Any]]:
 
 def losses(case: str, model: LLaDAV, config: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """Everything that is known of a loss case."""
+    unknown = set(config["cases"][case]) - {"conversation_mask", "image_sizes", "modalities", "uses_pixels"}
+    assert not unknown, f"options without a meaning here: {unknown}"
     crops = [c for picture in config["cases"][case]["uses_pixels"] for c in crops_of(picture, model, inputs)]
     ids, labels, t, u = (inputs[f"{case}.{n}"] for n in ("input_ids", "labels", "t", "u"))
     slots = [c.view.tokens(model.config.vision.grid) for c in crops]
@@ -259,7 +261,7 @@ def answer(case: dict[str, Any], name: str, model: LLaDAV, tokenizer: Tokenizer,
     """Decode a case; returns the canvas before every pass, and what the engine returns."""
     unknown = set(case) - ANSWER_OPTIONS - ANSWER_FACTS - ANSWER_TEXTS
     assert not unknown, f"options without a meaning here: {unknown}"
-    crops = crops_of(case["image"], model, inputs)
+    crops = crops_of(case["image"], model, inputs) if case["image"] else []
     slots = [c.view.tokens(model.config.vision.grid) for c in crops]
     ids = inputs[f"{name}.input_ids"][0].tolist()
     suffix = tokenizer.encode(case.get("generation_suffix", ""))
