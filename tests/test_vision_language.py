@@ -7,6 +7,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -256,3 +257,14 @@ def test_an_answer_ends_before_its_stop_and_nothing_is_written_behind_it(vlm, wo
 def test_a_stop_that_is_no_text_is_refused(vlm, stop):
     with pytest.raises(ConfigError, match="stop"):
         vlm.ask(ITEMS["small"], "no", stop=stop)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_every_kind_of_item_is_read_in_half_precision(vlm, tmp_path, dtype):
+    vlm.save_pretrained(tmp_path)
+    half = VisionLanguage.from_pretrained(tmp_path, dtype=dtype)
+    assert {p.dtype for p in half.model.parameters()} == {getattr(torch, dtype)}
+    for item in ITEMS.values():
+        assert isinstance(half.ask([item], "no", preset="exact")[0], str)
+    exact, near = (v.loglikelihood(ITEMS["large"], "no", "yes", method="confidence") for v in (vlm, half))
+    assert near == pytest.approx(exact, rel=0.1)

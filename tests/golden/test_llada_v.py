@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer as Core
 from torch import Tensor
 
+import mmdiff
 from mmdiff.batch import IGNORE, IMAGE, expand
 from mmdiff.diffusion import masking, objectives
 from mmdiff.images import Crops, Flat, Frames, cut, film
@@ -246,7 +247,7 @@ ANSWER_TEXTS = {"stopping_criteria", "generation_suffix"}
 
 def cache_of(case: dict[str, Any]) -> Any:
     """The cache policy that a case's hook stands for."""
-    if not case["hook"]:
+    if not case.get("hook"):
         return None
     if case["hook"] == "fast_dllm":
         return Prefix(refresh=case["prefix_refresh_interval"])
@@ -264,10 +265,15 @@ def answer(case: dict[str, Any], name: str, model: LLaDAV, tokenizer: Tokenizer,
     crops = crops_of(case["image"], model, inputs) if case["image"] else []
     slots = [c.view.tokens(model.config.vision.grid) for c in crops]
     ids = inputs[f"{name}.input_ids"][0].tolist()
+    return decode_case(case, expand(ids, ids, slots)[0], crops, model, tokenizer, config)
+
+
+def decode_case(case: Any, ids: list[int], crops: list[Crops], model: LLaDAV, tokenizer: Tokenizer, config: Any) -> Any:
+    """As `answer`, from a prompt in which every image token has its slot."""
     suffix = tokenizer.encode(case.get("generation_suffix", ""))
     row = [None] * case["gen_length"] + suffix
     mask_id = model.config.language.mask_id
-    canvas = place_images(layout([expand(ids, ids, slots)[0]], [row], mask_id=mask_id), model, crops)
+    canvas = place_images(layout([ids], [row], mask_id=mask_id), model, crops)
     words = {k: case[k] for k in ("gen_length", "block_length", "steps", "cfg_scale") if k in case}
     parts = text_parts(
         compat="reference",
@@ -386,6 +392,26 @@ def test_pictures_side_by_side_have_a_newline_each_unless_the_quirk_is_asked_for
     for compat, view in (("reference", Flat()), (None, Flat(newline=tiling.newlines))):
         assert [c.view for c in cut(shown, size, tiling, compat=compat)] == [view] * len(shown)
     assert Flat(newline=True).tokens(side) == side**2 + 1
+
+
+def test_the_public_pipeline_decodes_as_the_published_loop(conversation, config, folder, model, tokenizer, inputs):
+    """A conversation about every picture through `mmdiff.load`, against the parts put together by hand."""
+    vlm = mmdiff.load(folder, device="cpu").vision
+    names = [n.removesuffix(".image") for n in inputs if n.endswith(".image")]
+    messages = asked(conversation, config)[-1:]
+    question = "".join(messages[0]["content"].texts).strip()
+    for name in names:
+        (shown,) = pictures(name, inputs)
+        answer = vlm.ask(shown, question, compat="reference", gen_length=8, block_length=4, steps=4)
+        (crops,) = cut([shown], model.config.vision.image_size, model.config.tiling)
+        slots = crops.view.tokens(model.config.vision.grid)
+        about = [{"role": "user", "content": Content(("", f"\n{question}"))}]
+        ids = tokenizer.chat(about, slots, system=model.config.system, compat="reference").ids
+        case = {"gen_length": 8, "block_length": 4, "steps": 4, "stopping_criteria": ["<|eot_id|>"]}
+        _, done = decode_case(case, ids, [crops], model, tokenizer, config)
+        row = done.tokens[0].tolist()
+        end = next((i for i, t in enumerate(row) if t in (tokenizer.eos_id, tokenizer.eot_id)), len(row))
+        assert answer == tokenizer.decode(row[:end]).strip()
 
 
 def test_every_key_of_the_weights_is_consumed_and_the_tower_lacks_its_last_layer(root, config, model):
