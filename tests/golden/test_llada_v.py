@@ -283,7 +283,7 @@ def decode_case(case: Any, ids: list[int], crops: list[Crops], model: LLaDAV, to
     ).arguments()
     parts["schedule"] = Linear(case["steps"], published=True, idle=False)
     if case.get("threshold") is not None:
-        parts |= {"schedule": None, "selector": Factor(float(case["threshold"]), published=True, whole=True)}
+        parts |= {"schedule": None, "selector": Factor(float(case["threshold"]), published="llada_v")}
     if "stopping_criteria" in case:
         ends = tuple(tuple(published_ids(text, tokenizer)) for text in case["stopping_criteria"])
         parts["exit"] = Stop(ends, tokenizer.eos_id, published=True)
