@@ -18,7 +18,7 @@ from mmdiff.errors import ConfigError, ShardError
 from .index import SUFFIXES, build_index, index_name, split_name, write_index
 from .tarscan import MAX_MEMBER_BYTES
 
-__all__ = ["write_shards"]
+__all__ = ["write_shard", "write_shards"]
 
 
 def write_shards(
@@ -56,10 +56,10 @@ def write_shards(
         _check(key, members, seen)
         pending.append((key, members))
         if len(pending) == samples_per_shard:
-            shards.append(_write(folder / f"{name}-{len(shards):05d}.tar", pending))
+            shards.append(write_shard(folder / f"{name}-{len(shards):05d}.tar", pending))
             pending = []
     if pending:
-        shards.append(_write(folder / f"{name}-{len(shards):05d}.tar", pending))
+        shards.append(write_shard(folder / f"{name}-{len(shards):05d}.tar", pending))
     if not shards:
         raise ConfigError(f"{folder}: no samples to write for {name!r}")
     _remove_stale(folder, name, len(shards))
@@ -81,7 +81,16 @@ def _check(key: str, members: Mapping[str, bytes], seen: set[str]) -> None:
             raise ShardError(f"key {key!r}: member {suffix!r} is {len(data):,} bytes, limit {MAX_MEMBER_BYTES:,}")
 
 
-def _write(path: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]]) -> Path:
+def write_shard(path: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]]) -> Path:
+    """Write one shard with its index, atomically: the index comes last, so a shard that has one is whole.
+
+    Args:
+        path: The file, ending in ``.tar``; its folder exists.
+        samples: Pairs as in `write_shards`, known to be readable.
+
+    Returns:
+        ``path``.
+    """
     partial = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
         with tarfile.open(partial, "w", format=tarfile.PAX_FORMAT, encoding="utf-8") as tar:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -40,7 +39,6 @@ Threshold = Annotated[float | None, typer.Option(help="Decide tokens of at least
 Temperature = Annotated[float | None, typer.Option(min=0, help="0 = most probable; above, drawn at random.")]
 Guidance = Annotated[float | None, typer.Option(help="Weight of the prompt; 1 = none.")]
 Seed = Annotated[int, typer.Option(help="Seed of random draws.")]
-Image = Annotated[list[Path], typer.Argument(help="Image files.")]
 
 
 def said(**words: Any) -> dict[str, Any]:

@@ -6,12 +6,10 @@ processes only change the speed. Under torchrun or accelerate every process draw
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,14 +17,13 @@ from typing import Annotated, Any
 import typer
 
 from mmdiff.commands.options import Device, Dtype, Guidance, Json, Model, Preset, Steps, Temperature, said
+from mmdiff.commands.workers import digest, local_device, rank_and_world, sigterm_as_interrupt
 from mmdiff.errors import EXIT_STOPPED, ConfigError, SampleError
 
 __all__ = ["Plan", "sample"]
 
 _SHARD = 1000
 _MANIFEST = "manifest.json"
-_PARTS = (".json", ".safetensors", ".pth", ".pt", ".ckpt", ".bin")
-"""Suffixes of files that decide what a checkpoint draws."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +74,8 @@ def sample(
     """Draw pictures with balanced classes; existing ones are checked and kept."""
     from mmdiff.pipelines import ImageGenerator
 
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    generator = ImageGenerator.from_pretrained(model, device=device or _device(), dtype=dtype)
+    rank, world = rank_and_world()
+    generator = ImageGenerator.from_pretrained(model, device=device or local_device(), dtype=dtype)
     plan = _plan(
         model,
         generator,
@@ -93,7 +90,7 @@ def sample(
     start = time.perf_counter()
     todo = _missing(out, range(rank, num, world), plan.size)
     try:
-        with _sigterm_as_interrupt():
+        with sigterm_as_interrupt():
             _draw(generator, plan, out, todo, batch)
     except KeyboardInterrupt:
         typer.echo(f"stopped; the finished pictures are kept: the same command goes on in {out}", err=True)
@@ -184,7 +181,7 @@ def _plan(
         generator.require("class_image")
         numbers = _numbers(labels, len(generator.checkpoint.classes))
     return Plan(
-        checkpoint=_digest(model),
+        checkpoint=digest(model),
         labels=numbers,
         prompts=texts,
         seed0=seed0,
@@ -219,21 +216,6 @@ def _read_prompts(path: Path) -> list[str]:
     if not texts:
         raise ConfigError(f"{path}: holds no prompts")
     return texts
-
-
-def _digest(model: str) -> str:
-    import hashlib
-
-    from mmdiff.models.registry import resolve
-
-    path, total = resolve(model), hashlib.sha256()
-    folder = path if path.is_dir() else path.parent
-    for path in sorted(p for p in folder.rglob("*") if p.suffix in _PARTS and p.is_file()):
-        if path.name != _MANIFEST:
-            with path.open("rb") as file:
-                total.update(f"{path.relative_to(folder).as_posix()} ".encode())
-                total.update(hashlib.file_digest(file, "sha256").digest())
-    return total.hexdigest()
 
 
 def _agree(path: Path, plan: Plan, num: int, *, main: bool) -> None:
@@ -275,25 +257,6 @@ def _pack(out: Path, plan: Plan, num: int) -> None:
     draft.replace(out / "samples.npz")
 
 
-def _device() -> str | None:
-    local = os.environ.get("LOCAL_RANK")
-    if local is None:
-        return None
-    import torch
-
-    return f"cuda:{local}" if torch.cuda.is_available() else "cpu"
-
-
 def _parts(items: Sequence[int], size: int) -> Iterator[list[int]]:
     for i in range(0, len(items), size):
         yield list(items[i : i + size])
-
-
-@contextlib.contextmanager
-def _sigterm_as_interrupt() -> Iterator[None]:
-    """SIGTERM ends the block as Ctrl-C does."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
