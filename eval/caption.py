@@ -1,14 +1,13 @@
-"""Captions against references: BLEU-1..4, ROUGE-L, CIDEr-D, and whether named attributes are right.
+"""Captions against references: BLEU-1..4, ROUGE-L, CIDEr-D, METEOR where Java is, and named attributes.
 
-The scores equal the COCO tool's on equal tokens. Its tokeniser is a Java program; ours is the rule of `tokenise`, so
-protocol ``simple`` compares models judged here, and ``tokenised`` takes text that was tokenised elsewhere.
+Protocol ``coco`` gives the COCO tool's numbers: its tokeniser is a Java program, and `eval.ptb` is its equal on
+captions in plain Python. ``coco-java`` asks the program itself, ``tokenised`` takes text that was tokenised elsewhere,
+and ``simple`` splits at everything but letters and digits.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
 import math
 import re
 import sys
@@ -18,9 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmdiff.errors import ConfigError, MmdiffError
+from mmdiff.errors import ConfigError
 
+from . import coco_java
+from .cli import finish
 from .files import by_id, read_records
+from .ptb import tokenise as ptb_tokenise
 
 __all__ = ["PROTOCOLS", "AttributeResult", "CaptionResult", "attributes", "main", "score", "score_files", "tokenise"]
 
@@ -68,6 +70,8 @@ class CaptionResult:
         cider_per_image: CIDEr-D per image, for `eval.bootstrap`.
         rouge_l_per_image: ROUGE-L per image.
         bleu_per_image: BLEU-1 to BLEU-4 per image.
+        meteor: METEOR, where it was asked for; from the Java program, see `eval.coco_java`.
+        meteor_per_image: The same per image.
     """
 
     protocol: str
@@ -81,34 +85,41 @@ class CaptionResult:
     cider_per_image: tuple[float, ...]
     rouge_l_per_image: tuple[float, ...]
     bleu_per_image: tuple[tuple[float, ...], ...]
+    meteor: float | None = None
+    meteor_per_image: tuple[float, ...] | None = None
 
 
 def score(
     predictions: Mapping[Any, str] | Sequence[str],
     references: Mapping[Any, Sequence[str]] | Sequence[Sequence[str]],
     *,
-    protocol: str = "simple",
+    protocol: str = "coco",
+    meteor: bool = False,
 ) -> CaptionResult:
     """Score captions.
 
     Args:
         predictions: One caption per image, by id or in the order of the references.
         references: One or more true captions per image.
-        protocol: ``simple`` or ``tokenised``, see `PROTOCOLS`.
+        protocol: One of `PROTOCOLS`.
+        meteor: Also ask the Java program for METEOR.
 
     Raises:
         ConfigError: Unknown protocol, no images, an image without reference, or ids that do not agree.
+        MissingExtraError: Java, or the package with its programs, is needed and not there.
     """
     if protocol not in PROTOCOLS:
         raise ConfigError(f"protocol {protocol!r}; known: {', '.join(PROTOCOLS)}")
     captions, truths = _aligned(predictions, references)
-    split = PROTOCOLS[protocol]
-    candidates = [split(c) for c in captions]
-    targets = [[split(r) for r in rs] for rs in truths]
+    said, true = _tokenised(PROTOCOLS[protocol], captions, truths)
+    candidates, targets = [c.split() for c in said], [[r.split() for r in rs] for rs in true]
     exact = tuple(float(any(c == r for r in rs)) for c, rs in zip(candidates, targets, strict=True))
     bleu, bleu_each = _bleu(candidates, targets)
-    rouge = tuple(_rouge_l(c, rs) for c, rs in zip(candidates, targets, strict=True))
+    # Here the tool splits at single spaces: an empty caption is one empty word, and "1 1/2" stays together.
+    pairs = zip(said, true, strict=True)
+    rouge = tuple(_rouge_l(c.split(" "), [r.split(" ") for r in rs]) for c, rs in pairs)
     cider = _cider(candidates, targets)
+    total, each = coco_java.meteor(said, true) if meteor else (None, None)
     return CaptionResult(
         protocol=protocol,
         n=len(captions),
@@ -121,6 +132,8 @@ def score(
         cider_per_image=cider,
         rouge_l_per_image=rouge,
         bleu_per_image=bleu_each,
+        meteor=total,
+        meteor_per_image=each,
     )
 
 
@@ -129,8 +142,13 @@ def tokenise(text: str) -> list[str]:
     return re.findall(r"\w+(?:[-'\u2019.,/:]\w+)*|[&%$#]", text.lower())
 
 
-PROTOCOLS: dict[str, Callable[[str], list[str]]] = {"simple": tokenise, "tokenised": lambda text: text.split()}
-"""Name -> how a caption becomes words. ``tokenised``: it is already, with single spaces between tokens."""
+PROTOCOLS: dict[str, Callable[[Sequence[str]], list[str]]] = {
+    "coco": lambda texts: [" ".join(ptb_tokenise(t)) for t in texts],
+    "coco-java": coco_java.tokenise,
+    "simple": lambda texts: [" ".join(tokenise(t)) for t in texts],
+    "tokenised": list,
+}
+"""Name -> how captions become tokens with single spaces between them; ``tokenised``: they are already."""
 
 _TONES = ("medium-light", "medium-dark", "light", "medium", "dark")
 _GENDERS = {
@@ -165,19 +183,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="eval.caption", description="Score captions.")
     parser.add_argument("predictions", help="JSON or JSONL: image_id, caption")
     parser.add_argument("references", help="JSON or JSONL: image_id, caption or captions; or COCO annotations")
-    parser.add_argument("--protocol", choices=list(PROTOCOLS), default="simple")
-    options = parser.parse_args(argv)
-    try:
-        result = score_files(options.predictions, options.references, protocol=options.protocol)
-    except MmdiffError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return error.exit_code
-    sys.stdout.write(json.dumps(dataclasses.asdict(result), indent=2) + "\n")
-    return 0
+    parser.add_argument("--protocol", choices=list(PROTOCOLS), default="coco")
+    parser.add_argument("--meteor", action="store_true", help="also METEOR, which needs Java")
+    options = vars(parser.parse_args(argv))
+    predictions, references = options.pop("predictions"), options.pop("references")
+    return finish(lambda: score_files(predictions, references, **options))
 
 
-def score_files(predictions: str | Path, references: str | Path, *, protocol: str = "simple") -> CaptionResult:
-    """`score` of two files: records of ``image_id`` with ``caption`` (one per line or several) or ``captions``."""
+def score_files(
+    predictions: str | Path, references: str | Path, *, protocol: str = "coco", meteor: bool = False
+) -> CaptionResult:
+    """`score` of two files: records of ``image_id`` with ``caption`` (one per line or several) or ``captions``.
+
+    The references may also be shards, whose samples bring their captions.
+    """
     truths: dict[str, list[str]] = {}
     for record in read_records(references, "annotations"):
         if "image_id" not in record or not ({"caption", "captions"} & set(record)):
@@ -185,7 +204,17 @@ def score_files(predictions: str | Path, references: str | Path, *, protocol: st
         truths.setdefault(str(record["image_id"]), []).extend(record.get("captions") or [record["caption"]])
     wanted = [{"image_id": i} for i in truths]
     given = by_id(read_records(predictions), wanted, "image_id")
-    return score([str(g["caption"]) for g in given], list(truths.values()), protocol=protocol)
+    captions = [str(g["caption"]) for g in given]
+    return score(captions, list(truths.values()), protocol=protocol, meteor=meteor)
+
+
+def _tokenised(
+    tokens: Callable[[Sequence[str]], list[str]], captions: list[str], truths: list[list[str]]
+) -> tuple[list[str], list[list[str]]]:
+    """Captions and references as tokens, in one call: a Java program that starts twice takes twice as long."""
+    flat = iter(tokens([*captions, *(r for rs in truths for r in rs)]))
+    said = [next(flat) for _ in captions]
+    return said, [[next(flat) for _ in rs] for rs in truths]
 
 
 def _aligned(predictions: Any, references: Any) -> tuple[list[str], list[list[str]]]:
@@ -239,10 +268,8 @@ def _bleu_of(correct: list[int], guess: list[int], length: int, target: int) -> 
     return tuple(out)
 
 
-def _rouge_l(words: list[str], references: list[list[str]], beta: float = 1.2) -> float:
-    # The reference splits at single spaces, so an empty caption is one empty word there.
-    own = words or [""]
-    common = [(_longest_common(r or [""], own), len(r) or 1) for r in references]
+def _rouge_l(own: list[str], references: list[list[str]], beta: float = 1.2) -> float:
+    common = [(_longest_common(r, own), len(r)) for r in references]
     precision = max(c / len(own) for c, _ in common)
     recall = max(c / length for c, length in common)
     if not precision or not recall:

@@ -1,14 +1,14 @@
-"""Fréchet and kernel distances between two sets of images: ``mmdiff eval fid A B``.
+"""Distances between two sets of images: ``mmdiff eval fid A B``.
 
-`score` is pure: features or statistics in, numbers out. `compare` reads images and runs the feature network;
-images come from `eval.sources`, networks from `eval.features`, moments from `eval.statistics`.
+`score` is pure: features or statistics in, numbers out. `compare` reads images and runs the feature network. How a
+published tool measures is in `eval.fid_protocols`, the pass over the images in `eval.collect`, networks in
+`eval.features`, moments in `eval.statistics`.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,37 +18,52 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from mmdiff.errors import ConfigError, MmdiffError
+from mmdiff.errors import ConfigError
 
-from .kid import Kid, kid, kid_subsets
-from .statistics import Statistics, read_statistics
+from .cli import finish
+from .cmmd import cmmd
+from .collect import Collected, collect
+from .fid_interval import DistanceInterval, interval
+from .fid_protocols import MEASURES, PROTOCOLS, FidProtocol
+from .frechet import frechet_distance
+from .kid import kid
+from .neighbours import coverage, precision_recall
+from .statistics import Statistics, array_names, file_sha256, read_statistics
 
 if TYPE_CHECKING:
-    from .features import FeatureNetwork
+    from .feature_network import FeatureNetwork
 
-__all__ = ["PROTOCOLS", "FidResult", "compare", "frechet_distance", "main", "score"]
-
-PROTOCOLS = ("full", "torch-fidelity")
-"""``full``: KID from all pairs. ``torch-fidelity``: KID from 100 seeded subsets of 1,000. FID is the same in both."""
+__all__ = ["MEASURES", "PROTOCOLS", "FidResult", "compare", "frechet_distance", "main", "score"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class FidResult:
-    """Distances of two sets of images, and everything that decided them.
+    """Distances of two sets of images, and everything that decided them. A number is None where it was not measured.
 
     Attributes:
         name: ``fid50k``, ``fid10k`` or ``fid<N>``: the metric depends on N, so its name carries it.
         fid: Fréchet distance.
-        kid_mean: Kernel distance (unbiased); None when a side is known by its statistics only.
+        kid_mean: Kernel distance (unbiased); needs the images of both sides.
         kid_std: See `eval.kid.Kid`.
         n_a: Images in the first set.
         n_b: Images in the second set; None when a statistics file does not say.
         protocol: One of `PROTOCOLS`.
         features: Name of the feature network; ``given`` when features were passed in.
         weights_sha256: Hash of its weights.
+        statistics_sha256: Hash of the statistics file, where one was given as the second set.
+        sfid: Fréchet distance of spatial features.
+        isc_mean: Inception Score of the first set.
+        isc_std: Its spread over the splits.
+        precision: See `eval.neighbours`.
+        recall: See `eval.neighbours`.
+        density: See `eval.neighbours`.
+        coverage: See `eval.neighbours`.
+        cmmd: See `eval.cmmd`.
+        interval: How far the Fréchet distance moves with other images of the same kind.
         floor: FID of two disjoint parts of the second set, ``floor_n`` images each: real against real.
         floor_kid: KID of the same parts.
         floor_n: Images in each part; the first set's N where the second set is large enough.
+        notes: Why a number is missing, and what a reader must know.
     """
 
     name: str
@@ -60,68 +75,75 @@ class FidResult:
     protocol: str
     features: str = "given"
     weights_sha256: str | None = None
+    statistics_sha256: str | None = None
+    sfid: float | None = None
+    isc_mean: float | None = None
+    isc_std: float | None = None
+    precision: float | None = None
+    recall: float | None = None
+    density: float | None = None
+    coverage: float | None = None
+    cmmd: float | None = None
+    interval: DistanceInterval | None = None
     floor: float | None = None
     floor_kid: float | None = None
     floor_n: int | None = None
+    notes: tuple[str, ...] = ()
 
 
 def score(
-    features_a: Tensor | Statistics,
-    features_b: Tensor | Statistics,
+    features_a: Tensor | Statistics | Collected,
+    features_b: Tensor | Statistics | Collected,
     *,
     protocol: str = "full",
+    measures: Sequence[str] | None = None,
     network: FeatureNetwork | None = None,
     floor: bool = False,
+    draws: int = 0,
     seed: int = 0,
 ) -> FidResult:
-    """FID and KID of two sets.
+    """The distances of two sets.
 
     Args:
-        features_a: Features of the judged set, float [N, F], or its statistics.
-        features_b: Features of the reference set, float [M, F], or its statistics.
+        features_a: Of the judged set: features float [N, F], their statistics, or what `eval.collect.collect` left.
+        features_b: Of the reference set, float [M, F], or its statistics.
         protocol: One of `PROTOCOLS`.
+        measures: Some of `MEASURES`; None: what the protocol's tool reports. One that cannot be had is None in the
+            result, and a note says why.
         network: Where the features came from, for the record.
         floor: Also measure two random parts of the reference set against each other.
-        seed: Seed of that split.
+        draws: Resamples for the interval; 0: no interval.
+        seed: Seed of that split and of the resamples.
 
     Raises:
-        ConfigError: Unknown protocol, features of different lengths, fewer than two images, values that are not finite,
-            or a floor asked of a reference that has no features.
+        ConfigError: Unknown protocol or measure, features of different lengths, fewer than two images, values that are
+            not finite, or a floor or interval asked of a set that has no features.
     """
     if protocol not in PROTOCOLS:
         raise ConfigError(f"protocol {protocol!r}; known: {', '.join(PROTOCOLS)}")
-    a, b = (x if isinstance(x, Statistics) else Statistics.of(x) for x in (features_a, features_b))
-    distance = frechet_distance(a, b)
-    kernel = _kernel(features_a, features_b, protocol)
+    rules = PROTOCOLS[protocol]
+    wanted = tuple(measures) if measures is not None else rules.measures
+    if unknown := sorted(set(wanted) - set(MEASURES)):
+        raise ConfigError(f"measure {unknown[0]!r}; known: {', '.join(MEASURES)}")
+    a, b = _collected(features_a), _collected(features_b)
     result = FidResult(
-        name=_name(a.count),
-        fid=distance,
-        kid_mean=kernel.mean if kernel else None,
-        kid_std=kernel.std if kernel else None,
-        n_a=a.count,
-        n_b=b.count,
+        name=_name(a.statistics.count),
+        fid=frechet_distance(a.statistics, b.statistics),
+        kid_mean=None,
+        kid_std=None,
+        n_a=a.statistics.count,
+        n_b=b.statistics.count,
         protocol=protocol,
         features=network.name if network else "given",
         weights_sha256=network.sha256 if network else None,
+        notes=_notes(a.statistics.count, rules),
     )
-    return _with_floor(result, features_b, seed) if floor else result
-
-
-def frechet_distance(a: Statistics, b: Statistics) -> float:
-    """‖μa − μb‖² + tr Σa + tr Σb − 2 tr (Σa Σb)^½ in float64.
-
-    The last trace is the sum of the roots of the eigenvalues of Rᵀ Σb R with Σa = R Rᵀ, which is symmetric: it stays
-    real even when the covariances are singular (fewer images than features).
-
-    Source: Heusel et al. 2017, equation 6.
-    """
-    if a.mean.shape != b.mean.shape:
-        raise ConfigError(f"features of {len(a.mean)} and {len(b.mean)} numbers: they come from different networks")
-    root = _root(a.covariance)
-    inner = root.T @ b.covariance @ root
-    cross = torch.linalg.eigvalsh((inner + inner.T) / 2).clamp_min(0).sqrt().sum()
-    squared = (a.mean - b.mean).square().sum()
-    return float(squared + a.covariance.trace() + b.covariance.trace() - 2 * cross)
+    for measure in wanted:
+        if measure != "fid":
+            result = _add(result, measure, a, b, rules, network)
+    if draws:
+        result = dataclasses.replace(result, interval=interval(a.features, b, draws=draws, seed=seed))
+    return _with_floor(result, b.features, seed) if floor else result
 
 
 def compare(
@@ -132,87 +154,165 @@ def compare(
     num: int | None = None,
     floor: bool = False,
     protocol: str = "full",
+    measures: Sequence[str] | None = None,
     batch_size: int = 64,
     device: str = "cpu",
     sha256: str | None = None,
+    draws: int = 0,
     seed: int = 0,
 ) -> FidResult:
-    """Distances of two sets of images.
+    """Distances of two sets of images; under torchrun, all processes share the work and the first has all numbers.
 
     Args:
-        a: The judged images: folder, ``.npz`` of images or of statistics, shards, or uint8 array [N, H, W, 3].
-        b: The reference images, in any of the same forms.
+        a: The judged images: folder, ``.npz`` of images or of statistics, shards, uint8 array [N, H, W, 3], or an
+            iterable of such arrays.
+        b: The reference images, in any of the same forms. ADM's files hold statistics and images: each measure takes
+            what it needs.
         features: Name of the feature network, see `eval.features.open_network`.
         num: Exactly this many images of each set: fewer are an error, of more a seeded choice is taken.
-        floor: Also print real against real.
+        floor: Also measure real against real.
         protocol: One of `PROTOCOLS`.
+        measures: Some of `MEASURES`; None: what the protocol's tool reports.
         batch_size: Images per pass of the network.
         device: Device of the network.
         sha256: Hash that a statistics file given as ``b`` must have.
-        seed: Seed of the choice and of the floor's split.
+        draws: Resamples for an interval of the Fréchet distance; 0: none.
+        seed: Seed of the choice, of the floor's split and of the resamples.
 
     Raises:
         ConfigError: A set is missing, has too few images, or one of them is damaged or of another size.
     """
-    from .features import extract, open_network
+    from .features import open_network
     from .sources import count_images, is_statistics
 
-    network = open_network(features, device=device)
-
-    def read(source: object, wanted: int | None, digest: str | None = None) -> Tensor | Statistics:
-        if is_statistics(source):
-            return read_statistics(Path(str(source)), dim=network.dim, sha256=digest)
-        return extract(source, network, num=wanted, batch_size=batch_size, seed=seed)
-
-    judged, reference = read(a, num), read(b, num, sha256)
-    result = score(judged, reference, protocol=protocol, network=network)
+    if protocol not in PROTOCOLS:
+        raise ConfigError(f"protocol {protocol!r}; known: {', '.join(PROTOCOLS)}")
+    rules = PROTOCOLS[protocol]
+    wanted = tuple(measures) if measures is not None else rules.measures
+    network = open_network(rules.network_for(features), device=device)
+    pairs = bool({"kid", "pr", "dc", "cmmd"} & set(wanted)) or floor or bool(draws)
+    reader = _Reader(network, rules, wanted, pairs, batch_size, seed)
+    judged, reference = reader.read(a, num), reader.read(b, num, sha256, judged=False)
+    result = score(judged, reference, protocol=protocol, measures=wanted, network=network, draws=draws, seed=seed)
+    if is_statistics(b):
+        result = dataclasses.replace(result, statistics_sha256=file_sha256(Path(str(b))))
     if not floor:
         return result
     # At the same N where the reference is large enough: the floor falls with N, so another N would flatter or blame.
-    if num and not isinstance(reference, Statistics) and count_images(b) >= 2 * num:
-        reference = read(b, 2 * num)
-    return _with_floor(result, reference, seed)
+    if num and not is_statistics(b) and count_images(b) >= 2 * num:
+        reference = reader.read(b, 2 * num)
+    return _with_floor(result, reference.features, seed)
+
+
+@dataclass(frozen=True)
+class _Reader:
+    network: FeatureNetwork
+    rules: FidProtocol
+    wanted: tuple[str, ...]
+    pairs: bool
+    batch_size: int
+    seed: int
+
+    def read(self, source: object, num: int | None, sha256: str | None = None, *, judged: bool = True) -> Collected:
+        from .sources import is_statistics, open_images
+
+        if is_statistics(source):
+            return self._of_statistics(Path(str(source)), sha256)
+        return collect(
+            open_images(source).take(num, seed=self.seed),
+            self.network,
+            keep_features=self.pairs,
+            spatial="sfid" in self.wanted,
+            splits=self.rules.splits if judged and "isc" in self.wanted else None,
+            batch_size=self.batch_size,
+        )
+
+    def _of_statistics(self, path: Path, sha256: str | None) -> Collected:
+        from .sources import open_images
+
+        held = array_names(path)
+        own = read_statistics(path, dim=self.network.dim, sha256=sha256)
+        spatial = read_statistics(path, spatial=True) if "mu_s" in held and "sfid" in self.wanted else None
+        features = None
+        if "arr_0" in held and self.pairs:
+            kept = collect(open_images(path), self.network, keep_features=True, batch_size=self.batch_size)
+            features = kept.features
+        return Collected(statistics=own, spatial=spatial, features=features)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """``python -m eval.fid A B``: the result as JSON on stdout; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="eval.fid", description="FID and KID of two sets of images.")
+    parser = argparse.ArgumentParser(prog="eval.fid", description="Distances of two sets of images.")
     parser.add_argument("a", help="judged images: folder, .npz, shards, or statistics .npz")
     parser.add_argument("b", help="reference images, in the same forms")
-    parser.add_argument("--features", default="inception", help="inception | efficientnet-lite0 | scorer:PATH")
+    parser.add_argument("--features", default="inception", help="name of the feature network")
     parser.add_argument("--num", type=int, help="exactly this many images of each set")
     parser.add_argument("--floor", action="store_true", help="also measure real against real")
-    parser.add_argument("--protocol", choices=PROTOCOLS, default="full")
+    parser.add_argument("--protocol", choices=list(PROTOCOLS), default="full")
+    parser.add_argument("--measures", type=lambda text: text.split(","), help=",".join(MEASURES))
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--sha256", help="hash that a statistics file B must have")
+    parser.add_argument("--draws", type=int, default=0, help="resamples for an interval")
     options = vars(parser.parse_args(argv))
-    try:
-        result = compare(options.pop("a"), options.pop("b"), **options)
-    except MmdiffError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return error.exit_code
-    sys.stdout.write(json.dumps(dataclasses.asdict(result), indent=2) + "\n")
-    return 0
+    a, b = options.pop("a"), options.pop("b")
+    return finish(lambda: compare(a, b, **options))
 
 
-def _root(covariance: Tensor) -> Tensor:
-    """Any R with R Rᵀ = covariance: the triangular one where it exists, at a fiftieth of the cost."""
-    triangle, failed = torch.linalg.cholesky_ex(covariance)
-    if not int(failed):
-        return triangle
-    values, vectors = torch.linalg.eigh(covariance)
-    return vectors * values.clamp_min(0).sqrt()
+def _collected(given: Tensor | Statistics | Collected) -> Collected:
+    if isinstance(given, Collected):
+        return given
+    if isinstance(given, Statistics):
+        return Collected(statistics=given)
+    return Collected(statistics=Statistics.of(given), features=given)
 
 
-def _kernel(a: Tensor | Statistics, b: Tensor | Statistics, protocol: str) -> Kid | None:
-    if isinstance(a, Statistics) or isinstance(b, Statistics):
-        return None
-    return kid(a, b) if protocol == "full" else kid_subsets(a, b)
+def _add(
+    result: FidResult, measure: str, a: Collected, b: Collected, rules: FidProtocol, network: FeatureNetwork | None
+) -> FidResult:
+    """The result with one more measure, or with a note that says why it is missing."""
+    if measure == "isc":
+        if a.score is None:
+            why = network.without if network else "there are no logits"
+            return _note(result, f"Inception Score not available: {why}")
+        return dataclasses.replace(result, isc_mean=a.score.mean, isc_std=a.score.std)
+    if measure == "sfid":
+        if a.spatial is None or b.spatial is None:
+            return _note(result, "sFID not available: a side has no statistics of spatial features (mu_s, sigma_s)")
+        return dataclasses.replace(result, sfid=frechet_distance(a.spatial, b.spatial))
+    if a.features is None or b.features is None:
+        return _note(result, f"{measure} not available: it needs the images of both sides, not their statistics")
+    return dataclasses.replace(result, **_of_pairs(measure, a.features, b.features, rules))  # type: ignore[arg-type]
 
 
-def _with_floor(result: FidResult, reference: Tensor | Statistics, seed: int) -> FidResult:
-    if isinstance(reference, Statistics):
+def _of_pairs(measure: str, a: Tensor, b: Tensor, rules: FidProtocol) -> dict[str, float | None]:
+    """Fields of the result that need the features of both sides."""
+    if measure == "kid":
+        kernel = rules.kid(a, b)
+        return {"kid_mean": kernel.mean, "kid_std": kernel.std}
+    if measure == "pr":
+        return dataclasses.asdict(precision_recall(a, b, k=rules.neighbour, strict=rules.strict))
+    if measure == "dc":
+        return dataclasses.asdict(coverage(a, b, k=rules.dense_neighbour))
+    return {"cmmd": cmmd(a, b)}
+
+
+def _note(result: FidResult, text: str) -> FidResult:
+    return dataclasses.replace(result, notes=(*result.notes, text))
+
+
+def _notes(count: int | None, rules: FidProtocol) -> tuple[str, ...]:
+    notes = [rules.note] if rules.note else []
+    if rules.quoted_images and count != rules.quoted_images:
+        notes.append(
+            f"{count or 'an unknown number of'} images: not comparable with values of {rules.quoted_images:,} images, "
+            "which are lower for the same model"
+        )
+    return tuple(notes)
+
+
+def _with_floor(result: FidResult, reference: Tensor | None, seed: int) -> FidResult:
+    if reference is None:
         raise ConfigError("a floor needs the reference images, and only their statistics were given")
     from mmdiff.rng import generator
 

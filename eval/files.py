@@ -1,15 +1,16 @@
-"""Prediction and reference files: JSON or JSON lines, size-capped, ids checked both ways."""
+"""Prediction, reference and result files: JSON or JSON lines, size-capped, ids checked both ways, written whole."""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mmdiff.errors import ConfigError
 
-__all__ = ["by_id", "read_records"]
+__all__ = ["by_id", "no_twins", "read_records", "write_json", "write_text"]
 
 _MAX_BYTES = 1 << 30
 
@@ -53,6 +54,33 @@ def by_id(
     if unknown := [i for i in found if i not in known]:
         raise ConfigError(f"predictions: {len(unknown)} {key}s that no reference has, first {unknown[0]}")
     return [found[i] for i in wanted]
+
+
+def no_twins(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of a JSON file, for ``object_pairs_hook``: a key that occurs twice is an error, not the last one's.
+
+    Raises:
+        ConfigError: A key is doubled.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ConfigError(f"key {next(k for n, k in enumerate(keys) if k in keys[:n])} occurs more than once")
+    return found
+
+
+def write_json(path: Path, tree: Any) -> Path:
+    """Write plain data as JSON; the file appears whole or not at all."""
+    return write_text(path, json.dumps(tree, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Write a text file; it appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    partial.write_text(text, encoding="utf-8", newline="\n")
+    os.replace(partial, path)
+    return path
 
 
 def _ids(records: Sequence[Mapping[str, Any]], key: str, where: str) -> list[str]:

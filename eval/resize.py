@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-__all__ = ["RESIZES", "clean", "pytorch_bilinear", "tf1_bilinear"]
+__all__ = ["RESIZES", "clean", "clean_legacy_pytorch", "pytorch_bilinear", "tf1_bilinear"]
 
 
 def tf1_bilinear(images: UInt8[Tensor, "B 3 H W"], height: int = 299, width: int = 299) -> Float[Tensor, "B 3 h w"]:
@@ -50,7 +50,25 @@ def clean(images: UInt8[Tensor, "B 3 H W"], height: int = 299, width: int = 299)
     return torch.from_numpy(out).unflatten(0, images.shape[:2]).to(images.device)
 
 
-RESIZES = {"tf1": tf1_bilinear, "pytorch": pytorch_bilinear, "clean": clean}
+def clean_legacy_pytorch(
+    images: UInt8[Tensor, "B 3 H W"], height: int = 299, width: int = 299
+) -> Float[Tensor, "B 3 h w"]:
+    """PyTorch's bilinear resize without antialias on values 0...255, clipped.
+
+    Source: behaviour of clean-fid in its ``legacy_pytorch`` mode.
+    """
+    x = images.float()
+    out = torch.nn.functional.interpolate(x, size=(height, width), mode="bilinear", align_corners=False)
+    return out.clamp(0, 255)
+
+
+RESIZES = {
+    "tf1": tf1_bilinear,
+    "pytorch": pytorch_bilinear,
+    "clean": clean,
+    "clean-legacy-pytorch": clean_legacy_pytorch,
+}
+"""Name of a pipeline -> its resize."""
 
 
 def _tf1_axis(size: int, out: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

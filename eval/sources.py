@@ -6,11 +6,13 @@ it. All images of a set have one size; they come out as uint8 RGB in a fixed ord
 
 from __future__ import annotations
 
+import struct
+import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -19,6 +21,8 @@ from torch import Tensor
 
 from mmdiff.errors import ConfigError, SampleError
 from mmdiff.rng import generator
+
+from .statistics import array_names
 
 __all__ = ["ImageSet", "count_images", "is_statistics", "open_images"]
 
@@ -54,13 +58,20 @@ class ImageSet:
         kept = order[:num].sort().values.tolist()
         return ImageSet(names=[self.names[i] for i in kept], read=lambda i: self.read(kept[i]))
 
-    def batches(self, size: int) -> Iterator[UInt8[Tensor, "B H W 3"]]:
+    def part(self, rank: int, world: int) -> ImageSet:
+        """Every ``world``-th image from number ``rank`` on: the share of one process."""
+        return ImageSet(names=self.names[rank::world], read=lambda i: self.read(rank + world * i))
+
+    def batches(self, size: int, *, shape: tuple[int, ...] | None = None) -> Iterator[UInt8[Tensor, "B H W 3"]]:
         """All images, ``size`` at a time, uint8 [B, H, W, 3].
 
+        Args:
+            size: B; the last batch may be smaller.
+            shape: (H, W, 3) of every image; None: that of the first.
+
         Raises:
-            ConfigError: An image cannot be decoded, or is of another size than the first.
+            ConfigError: An image cannot be decoded, or is of another size.
         """
-        shape: tuple[int, ...] | None = None
         for start in range(0, len(self), size):
             rows = []
             for i in range(start, min(start + size, len(self))):
@@ -76,7 +87,10 @@ class ImageSet:
             raise ConfigError(f"{self.names[i]}: cannot be decoded ({error}); write it again or take it out") from None
         if shape is not None and image.shape != shape:
             (h, w), (first_h, first_w) = image.shape[:2], shape[:2]
-            raise ConfigError(f"{self.names[i]}: {w}x{h} pixels, but {self.names[0]} has {first_w}x{first_h}")
+            raise ConfigError(
+                f"{self.names[i]}: {w}x{h} pixels, but {self.names[0]} has {first_w}x{first_h}; "
+                "images of a set must have one size"
+            )
         return image
 
 
@@ -85,7 +99,8 @@ def open_images(source: Any) -> ImageSet:
 
     Args:
         source: Folder; ``.npz`` with ``arr_0`` uint8 [N, H, W, 3]; shards such as ``embedded:emoji/train`` or
-            ``data/*.tar``; uint8 array or tensor [N, H, W, 3].
+            ``data/*.tar``; uint8 array or tensor [N, H, W, 3]; or an iterable of such arrays, such as a generator that
+            draws images, which is written to a temporary file as it comes.
 
     Raises:
         ConfigError: No such thing, an empty set, a gap in numbered files, or an array of another kind.
@@ -93,6 +108,8 @@ def open_images(source: Any) -> ImageSet:
     """
     if isinstance(source, (np.ndarray, Tensor)):
         return _of_array(np.asarray(source), "array")
+    if isinstance(source, Iterable) and not isinstance(source, (str, Path)):
+        return _of_iterable(source)
     text = str(source)
     path = Path(text)
     if text.startswith("embedded:") or text.endswith((".tar", "}")) or (path.is_dir() and any(path.glob("*.tar"))):
@@ -117,11 +134,7 @@ def is_statistics(source: object) -> bool:
     """
     if not isinstance(source, (str, Path)) or not str(source).endswith(".npz") or not Path(source).is_file():
         return False
-    try:
-        with zipfile.ZipFile(source) as archive:
-            return "mu.npy" in archive.namelist()
-    except zipfile.BadZipFile:
-        raise ConfigError(f"{source}: is not an .npz archive, or is cut off; write it again") from None
+    return "mu" in array_names(source)
 
 
 def _of_folder(folder: Path) -> ImageSet:
@@ -155,15 +168,53 @@ def _of_npz(path: Path) -> ImageSet:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             if "arr_0" not in archive.files:
                 raise ConfigError(f"{path}: holds {', '.join(archive.files[:8])}; images must be the array arr_0")
-            return _of_array(archive["arr_0"], str(path))
+            mapped = _mapped(path, "arr_0.npy")
+            return _of_array(archive["arr_0"] if mapped is None else mapped, str(path))
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise ConfigError(f"{path}: cannot be read as an .npz of plain arrays ({error})") from None
+
+
+def _mapped(path: Path, member: str) -> np.ndarray | None:
+    """An array that lies uncompressed in the archive, mapped and not read; None if it is compressed.
+
+    A sample batch of ADM holds ten gigabytes at 256 pixels.
+    """
+    with zipfile.ZipFile(path) as archive:
+        info = archive.getinfo(member)
+        if info.compress_type != zipfile.ZIP_STORED:
+            return None
+    with path.open("rb") as file:
+        # The local header repeats name and extra field, whose lengths are its bytes 26 to 29.
+        file.seek(info.header_offset + 26)
+        name, extra = struct.unpack("<HH", file.read(4))
+        file.seek(info.header_offset + 30 + name + extra)
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = read(file)
+        if fortran or dtype.hasobject:
+            return None
+        return np.memmap(file, dtype=dtype, mode="r", offset=file.tell(), shape=shape)
 
 
 def _of_array(array: np.ndarray, name: str) -> ImageSet:
     if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3 or not len(array):
         raise ConfigError(f"{name}: {array.dtype} {array.shape}; images must be uint8 [N, H, W, 3], N at least 1")
     return ImageSet(names=[f"{name}[{i}]" for i in range(len(array))], read=lambda i: array[i])
+
+
+def _of_iterable(batches: Iterable[Any]) -> ImageSet:
+    shape, count = (0, 0, 3), 0
+    file: IO[bytes] = tempfile.TemporaryFile()
+    for batch in batches:
+        array = np.ascontiguousarray(batch)
+        first = _of_array(array, f"batch after image {count}")
+        if count and first.read(0).shape != shape:
+            raise ConfigError(f"images of shape {first.read(0).shape} after image {count}, before them {shape}")
+        shape, count = first.read(0).shape, count + len(array)
+        file.write(array.tobytes())
+    if not count:
+        raise ConfigError("the iterable of images gave none")
+    return _of_array(np.memmap(file, dtype=np.uint8, mode="r", shape=(count, *shape)), "generated")
 
 
 def _of_shards(spec: str) -> ImageSet:

@@ -19,9 +19,10 @@ from torch import Tensor
 
 from mmdiff.errors import ConfigError
 
-__all__ = ["Moments", "Statistics", "file_sha256", "read_statistics", "write_statistics"]
+__all__ = ["Moments", "Statistics", "array_names", "file_sha256", "read_statistics", "write_statistics"]
 
-_MAX_STATISTICS_BYTES = 1 << 30
+_MAX_STATISTICS_BYTES = 4 << 30
+"""ADM's reference files carry 10,000 images beside the statistics."""
 _MAX_DIM = 8192
 _SYMMETRY = 1e-4
 """Largest relative asymmetry of a covariance in a file; published float32 files have about 1e-7."""
@@ -106,13 +107,16 @@ class Moments:
         self.count = total
 
 
-def write_statistics(path: str | Path, statistics: Statistics) -> Path:
+def write_statistics(path: str | Path, statistics: Statistics, *, spatial: Statistics | None = None) -> Path:
     """Write ``mu`` and ``sigma`` (float64), and ``n`` where known, as an ``.npz`` that the published tools read.
 
-    The file appears whole or not at all.
+    With ``spatial``, the statistics of sFID are written beside them as ``mu_s`` and ``sigma_s``, as ADM's files have
+    them. The file appears whole or not at all.
     """
     path = Path(path)
     arrays = {"mu": statistics.mean.numpy(), "sigma": statistics.covariance.numpy()}
+    if spatial is not None:
+        arrays |= {"mu_s": spatial.mean.numpy(), "sigma_s": spatial.covariance.numpy()}
     if statistics.count is not None:
         arrays["n"] = np.asarray(statistics.count, dtype=np.int64)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -125,25 +129,30 @@ def write_statistics(path: str | Path, statistics: Statistics) -> Path:
     return path
 
 
-def read_statistics(path: str | Path, *, dim: int | None = None, sha256: str | None = None) -> Statistics:
+def read_statistics(
+    path: str | Path, *, dim: int | None = None, sha256: str | None = None, spatial: bool = False
+) -> Statistics:
     """Read ``mu`` and ``sigma`` of an ``.npz`` in any float dtype; nothing in it can run code.
 
     Args:
-        path: File with arrays ``mu`` [F] and ``sigma`` [F, F]; ``n``, where present, is the number of samples.
+        path: File with arrays ``mu`` [F] and ``sigma`` [F, F]; ``n``, where present, is the number of samples. The
+            files of pytorch-fid, torch-fidelity, clean-fid and ADM are such files.
         dim: F that is expected.
         sha256: Hex digest (or its beginning, at least 8 digits) the file must have.
+        spatial: Read ``mu_s`` and ``sigma_s`` instead, the statistics of sFID.
 
     Raises:
         ConfigError: The file is missing, damaged, has another hash, or holds arrays of another kind or shape.
     """
     path = Path(path)
     _check_file(path, sha256)
+    names = ("mu_s", "sigma_s") if spatial else ("mu", "sigma")
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            if missing := {"mu", "sigma"} - set(archive.files):
+            if missing := set(names) - set(archive.files):
                 found = ", ".join(archive.files[:8]) or "nothing"
                 raise ConfigError(f"{path}: holds {found}; statistics need {' and '.join(sorted(missing))}")
-            mean, covariance = archive["mu"], archive["sigma"]
+            mean, covariance = (archive[name] for name in names)
             count = int(archive["n"]) if "n" in archive.files else None
     except (ValueError, OSError, EOFError, KeyError, TypeError, zipfile.BadZipFile) as error:
         raise ConfigError(f"{path}: cannot be read as an .npz of plain arrays ({error})") from None
@@ -153,6 +162,19 @@ def read_statistics(path: str | Path, *, dim: int | None = None, sha256: str | N
         covariance=torch.from_numpy(covariance.astype(np.float64)),
         count=count,
     )
+
+
+def array_names(path: str | Path) -> tuple[str, ...]:
+    """Names of the arrays in an ``.npz``, which is not opened further.
+
+    Raises:
+        ConfigError: It is no such archive, or is cut off.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return tuple(name.removesuffix(".npy") for name in archive.namelist())
+    except zipfile.BadZipFile:
+        raise ConfigError(f"{path}: is not an .npz archive, or is cut off; write it again") from None
 
 
 def file_sha256(paths: Path | Iterable[Path]) -> str:

@@ -7,8 +7,6 @@ each accuracy stand the macro accuracy (every answer counts the same) and what t
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
 import re
 import sys
 from collections import Counter
@@ -16,8 +14,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mmdiff.errors import ConfigError, MmdiffError
+from mmdiff.errors import ConfigError
 
+from .cli import finish
 from .contractions import CONTRACTIONS
 from .files import by_id, read_records
 
@@ -30,7 +29,9 @@ __all__ = [
     "normalise_vqav2",
     "score",
     "strip_punctuation",
+    "summarise",
     "vqav2_accuracy",
+    "vqav2_cleaner",
 ]
 
 
@@ -68,6 +69,7 @@ class VqaResult:
         macro_accuracy: Mean of the kinds' macro accuracies: every kind counts the same.
         commonest_accuracy: Mean score of giving each kind's commonest answer.
         kinds: One entry per kind, sorted by name.
+        answer_types: One entry per ``answer_type`` of the references, sorted by name; none where they have none.
         scores: Score of each question in the order of the references, for `eval.bootstrap`.
     """
 
@@ -78,6 +80,7 @@ class VqaResult:
     commonest_accuracy: float
     kinds: tuple[KindResult, ...]
     scores: tuple[float, ...]
+    answer_types: tuple[KindResult, ...] = ()
 
 
 def score(
@@ -105,16 +108,39 @@ def score(
     if not references:
         raise ConfigError("no references to score against")
     given = _aligned(predictions, references)
+    if protocol != "exact":
+        for reference in references:
+            _check_ids(reference)
     rule = PROTOCOLS[protocol]
-    scores = [rule(answer, reference) for answer, reference in zip(given, references, strict=True)]
-    truths = [_truth(reference) for reference in references]
-    kinds: dict[str, list[int]] = {}
-    for i, reference in enumerate(references):
-        kinds.setdefault(str(reference.get("kind", reference.get("question_type", "all"))), []).append(i)
-    table = tuple(
-        _kind(kind, [references[i] for i in rows], [truths[i] for i in rows], [scores[i] for i in rows], rule)
-        for kind, rows in sorted(kinds.items())
+    return summarise(
+        [rule(answer, reference) for answer, reference in zip(given, references, strict=True)],
+        references,
+        protocol=protocol,
     )
+
+
+def summarise(scores: Sequence[float], references: Sequence[Mapping[str, Any]], *, protocol: str) -> VqaResult:
+    """Means of given scores, overall, by kind and by type of answer.
+
+    Args:
+        scores: Of each question, 0...1.
+        references: As for `score`.
+        protocol: What the scores stand for.
+    """
+    rule = PROTOCOLS[protocol]
+    truths = [_truth(reference) for reference in references]
+
+    def tabulate(names: Sequence[str | None]) -> tuple[KindResult, ...]:
+        groups: dict[str, list[int]] = {}
+        for i, name in enumerate(names):
+            if name is not None:
+                groups.setdefault(str(name), []).append(i)
+        return tuple(
+            _kind(name, [references[i] for i in rows], [truths[i] for i in rows], [scores[i] for i in rows], rule)
+            for name, rows in sorted(groups.items())
+        )
+
+    table = tabulate([r.get("kind", r.get("question_type", "all")) for r in references])
     return VqaResult(
         protocol=protocol,
         n=len(references),
@@ -123,6 +149,7 @@ def score(
         commonest_accuracy=sum(k.commonest_accuracy * k.n for k in table) / len(references),
         kinds=table,
         scores=tuple(scores),
+        answer_types=tabulate([r.get("answer_type") for r in references]),
     )
 
 
@@ -137,19 +164,27 @@ _NUMBERS = {"none": "0"} | {word: str(n) for n, word in enumerate(_WORDS.split()
 _ARTICLES = {"a", "an", "the"}
 
 
-def normalise_vqav2(text: str) -> str:
+def normalise_vqav2(text: str, *, variant: str = "official") -> str:
     """Answer as VQAv2 compares it.
 
-    Source: behaviour of the official VQA evaluation tool.
+    Args:
+        text: As given.
+        variant: ``official``; ``lmms-eval`` (several commas between digits count as one); ``evalai`` (commas and
+            question marks go first and possessives are split, as TextVQA's processor does).
+
+    Source: behaviour of the official VQA evaluation tool, and of lmms-eval.
     """
-    words = (_NUMBERS.get(w, w) for w in strip_punctuation(_one_line(text)).lower().split())
+    text = _one_line(text)
+    if variant == "evalai":
+        text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
+    words = (_NUMBERS.get(w, w) for w in strip_punctuation(text, variant=variant).lower().split())
     return " ".join(CONTRACTIONS.get(w, w) for w in words if w not in _ARTICLES)
 
 
-def strip_punctuation(text: str) -> str:
+def strip_punctuation(text: str, *, variant: str = "official") -> str:
     """The punctuation step of `normalise_vqav2`."""
     out = text
-    comma_number = re.search(r"\d,\d", text) is not None
+    comma_number = re.search(r"\d,+\d" if variant == "lmms-eval" else r"\d,\d", text) is not None
     for mark in _PUNCTUATION:
         alone = f"{mark} " in text or f" {mark}" in text
         out = out.replace(mark, "" if alone or comma_number else " ")
@@ -164,14 +199,13 @@ def vqav2_accuracy(answer: str, answers: Sequence[Mapping[str, Any]], *, normali
         answer: The given answer.
         answers: The annotators' records with ``answer``. An annotator's others are the records that differ from theirs,
             so without distinct ``answer_id`` equal answers cancel out, as in the official tool; `score` refuses that.
-        normalise: Whether to normalise; None: unless all true answers are the same text, as the official tool does.
+        normalise: True: always, as lmms-eval does; None: unless all true answers are the same text, as the official
+            tool does; False: never.
 
     Source: behaviour of the official VQA evaluation tool.
     """
     raw = [str(a["answer"]) for a in answers]
-    if normalise is None:
-        normalise = len(set(raw)) > 1
-    clean = normalise_vqav2 if normalise else _one_line
+    clean = vqav2_cleaner(raw, normalise=normalise)
     given, truths = clean(answer), [clean(text) for text in raw]
     # The tool overwrites the answers of the records before it compares whole records.
     records = [{**a, "answer": text} for a, text in zip(answers, truths, strict=True)]
@@ -179,28 +213,34 @@ def vqav2_accuracy(answer: str, answers: Sequence[Mapping[str, Any]], *, normali
     return sum(min(1.0, m / 3) for m in matches) / len(matches)
 
 
+def vqav2_cleaner(raw: Sequence[str], *, normalise: bool | None = None) -> Callable[[str], str]:
+    """How the tool cleans the answers of one question and the prediction for it; arguments as in `vqav2_accuracy`."""
+    if normalise:
+        return lambda text: normalise_vqav2(text, variant="lmms-eval")
+    return normalise_vqav2 if normalise is None and len(set(raw)) > 1 else _one_line
+
+
 def _exact(answer: str, reference: Mapping[str, Any]) -> float:
     return float(normalise_exact(answer) == normalise_exact(str(reference["answer"])))
 
 
 def _vqav2(answer: str, reference: Mapping[str, Any]) -> float:
-    return vqav2_accuracy(answer, _with_ids(reference))
+    return vqav2_accuracy(answer, reference["answers"])
 
 
 def _vqav2_normalised(answer: str, reference: Mapping[str, Any]) -> float:
-    return vqav2_accuracy(answer, _with_ids(reference), normalise=True)
+    return vqav2_accuracy(answer, reference["answers"], normalise=True)
 
 
 def _one_line(text: str) -> str:
     return text.replace("\n", " ").replace("\t", " ").strip()
 
 
-def _with_ids(reference: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
-    ids = [a.get("answer_id") for a in reference["answers"]]
+def _check_ids(reference: Mapping[str, Any]) -> None:
+    ids = [a.get("answer_id") for a in reference.get("answers", ())]
     if not ids or None in ids or len(set(ids)) < len(ids):
         name = reference.get("question_id", "?")
         raise ConfigError(f"question {name}: answers need distinct answer_id; without them equal answers cancel out")
-    return reference["answers"]
 
 
 PROTOCOLS: dict[str, Callable[[str, Mapping[str, Any]], float]] = {
@@ -218,14 +258,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("references", help="JSON or JSONL: question_id, answer, kind; or VQAv2 annotations")
     parser.add_argument("--protocol", choices=list(PROTOCOLS), default="exact")
     options = parser.parse_args(argv)
-    try:
-        references = read_records(options.references, "annotations")
-        result = score(read_records(options.predictions), references, protocol=options.protocol)
-    except MmdiffError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return error.exit_code
-    sys.stdout.write(json.dumps(dataclasses.asdict(result), indent=2) + "\n")
-    return 0
+    return finish(
+        lambda: score(
+            read_records(options.predictions),
+            read_records(options.references, "annotations"),
+            protocol=options.protocol,
+        )
+    )
 
 
 def _aligned(predictions: Mapping[Any, str] | Sequence[Any], references: Sequence[Mapping[str, Any]]) -> list[str]:
