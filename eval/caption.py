@@ -23,6 +23,7 @@ from . import coco_java
 from .cli import finish
 from .files import by_id, read_records
 from .ptb import tokenise as ptb_tokenise
+from .records import captioned
 
 __all__ = ["PROTOCOLS", "AttributeResult", "CaptionResult", "attributes", "main", "score", "score_files", "tokenise"]
 
@@ -197,11 +198,7 @@ def score_files(
 
     The references may also be shards, whose samples bring their captions.
     """
-    truths: dict[str, list[str]] = {}
-    for record in read_records(references, "annotations"):
-        if "image_id" not in record or not ({"caption", "captions"} & set(record)):
-            raise ConfigError(f"{references}: records need image_id and caption or captions; found {list(record)[:8]}")
-        truths.setdefault(str(record["image_id"]), []).extend(record.get("captions") or [record["caption"]])
+    truths = {item.id: item.truth["captions"] for item in captioned(references)}
     wanted = [{"image_id": i} for i in truths]
     given = by_id(read_records(predictions), wanted, "image_id")
     captions = [str(g["caption"]) for g in given]

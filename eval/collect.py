@@ -9,7 +9,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -141,9 +141,9 @@ def feature_store(count: int, dim: int) -> Float[Tensor, "N F"]:
     if size <= _MEMORY_BYTES:
         return torch.empty(count, dim)
     try:
-        file: IO[bytes] = tempfile.TemporaryFile()
-        file.truncate(size)
-        return torch.from_numpy(np.memmap(file, dtype=np.float32, mode="r+", shape=(count, dim)))
+        with tempfile.TemporaryFile() as file:  # the mapping outlives the handle
+            file.truncate(size)
+            return torch.from_numpy(np.memmap(file, dtype=np.float32, mode="r+", shape=(count, dim)))
     except OSError as error:
         raise ConfigError(f"no room for {size:,} bytes of features in {tempfile.gettempdir()} ({error})") from None
 

@@ -12,8 +12,7 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,18 +21,19 @@ from mmdiff.errors import ConfigError
 
 from .cli import finish
 from .cmmd import cmmd
-from .collect import Collected, collect
+from .collect import Collected
 from .fid_interval import DistanceInterval, interval
 from .fid_protocols import MEASURES, PROTOCOLS, FidProtocol
 from .frechet import frechet_distance
 from .kid import kid
 from .neighbours import coverage, precision_recall
-from .statistics import Statistics, array_names, file_sha256, read_statistics
+from .statistics import Statistics
 
 if TYPE_CHECKING:
     from .feature_network import FeatureNetwork
+    from .fid_study import Study
 
-__all__ = ["MEASURES", "PROTOCOLS", "FidResult", "compare", "frechet_distance", "main", "score"]
+__all__ = ["MEASURES", "PROTOCOLS", "FidResult", "compare", "frechet_distance", "main", "score", "study", "with_floor"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +143,7 @@ def score(
             result = _add(result, measure, a, b, rules, network)
     if draws:
         result = dataclasses.replace(result, interval=interval(a.features, b, draws=draws, seed=seed))
-    return _with_floor(result, b.features, seed) if floor else result
+    return with_floor(result, b.features, seed) if floor else result
 
 
 def compare(
@@ -182,62 +182,27 @@ def compare(
     Raises:
         ConfigError: A set is missing, has too few images, or one of them is damaged or of another size.
     """
-    from .features import open_network
-    from .sources import count_images, is_statistics
-
-    if protocol not in PROTOCOLS:
-        raise ConfigError(f"protocol {protocol!r}; known: {', '.join(PROTOCOLS)}")
-    rules = PROTOCOLS[protocol]
-    wanted = tuple(measures) if measures is not None else rules.measures
-    network = open_network(rules.network_for(features), device=device)
-    pairs = bool({"kid", "pr", "dc", "cmmd"} & set(wanted)) or floor or bool(draws)
-    reader = _Reader(network, rules, wanted, pairs, batch_size, seed)
-    judged, reference = reader.read(a, num), reader.read(b, num, sha256, judged=False)
-    result = score(judged, reference, protocol=protocol, measures=wanted, network=network, draws=draws, seed=seed)
-    if is_statistics(b):
-        result = dataclasses.replace(result, statistics_sha256=file_sha256(Path(str(b))))
-    if not floor:
-        return result
-    # At the same N where the reference is large enough: the floor falls with N, so another N would flatter or blame.
-    if num and not is_statistics(b) and count_images(b) >= 2 * num:
-        reference = reader.read(b, 2 * num)
-    return _with_floor(result, reference.features, seed)
+    return study(
+        a,
+        b,
+        features=features,
+        num=num,
+        floor=floor,
+        protocol=protocol,
+        measures=measures,
+        batch_size=batch_size,
+        device=device,
+        sha256=sha256,
+        draws=draws,
+        seed=seed,
+    ).result
 
 
-@dataclass(frozen=True)
-class _Reader:
-    network: FeatureNetwork
-    rules: FidProtocol
-    wanted: tuple[str, ...]
-    pairs: bool
-    batch_size: int
-    seed: int
+def study(a: object, b: object, **options: Any) -> Study:
+    """`compare`, with what its page and its per-image list need; see `eval.fid_study.study`."""
+    from .fid_study import study as run
 
-    def read(self, source: object, num: int | None, sha256: str | None = None, *, judged: bool = True) -> Collected:
-        from .sources import is_statistics, open_images
-
-        if is_statistics(source):
-            return self._of_statistics(Path(str(source)), sha256)
-        return collect(
-            open_images(source).take(num, seed=self.seed),
-            self.network,
-            keep_features=self.pairs,
-            spatial="sfid" in self.wanted,
-            splits=self.rules.splits if judged and "isc" in self.wanted else None,
-            batch_size=self.batch_size,
-        )
-
-    def _of_statistics(self, path: Path, sha256: str | None) -> Collected:
-        from .sources import open_images
-
-        held = array_names(path)
-        own = read_statistics(path, dim=self.network.dim, sha256=sha256)
-        spatial = read_statistics(path, spatial=True) if "mu_s" in held and "sfid" in self.wanted else None
-        features = None
-        if "arr_0" in held and self.pairs:
-            kept = collect(open_images(path), self.network, keep_features=True, batch_size=self.batch_size)
-            features = kept.features
-        return Collected(statistics=own, spatial=spatial, features=features)
+    return run(a, b, **options)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -311,7 +276,12 @@ def _notes(count: int | None, rules: FidProtocol) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _with_floor(result: FidResult, reference: Tensor | None, seed: int) -> FidResult:
+def with_floor(result: FidResult, reference: Tensor | None, seed: int) -> FidResult:
+    """The result with two random parts of the reference measured against each other.
+
+    Raises:
+        ConfigError: The reference is known by its statistics only.
+    """
     if reference is None:
         raise ConfigError("a floor needs the reference images, and only their statistics were given")
     from mmdiff.rng import generator

@@ -62,7 +62,8 @@ def png_size(png: bytes, name: str = "") -> tuple[int, int]:
 def card(title: str, body: str, note: str = "", *, wide: bool = False) -> str:
     """A box with a title (text), a body (markup) and a note (text); ``wide``: a whole row of a grid of boxes."""
     tail = f'<p class="note">{escape(note)}</p>' if note else ""
-    return f'<div class="card{" wide" if wide else ""}"><h3>{escape(title)}</h3>{body}{tail}</div>'
+    head = f"<h3>{escape(title)}</h3>" if title else ""
+    return f'<div class="card{" wide" if wide else ""}">{head}{body}{tail}</div>'
 
 
 def section(anchor: str, title: str, body: str, lead: str = "") -> str:
@@ -174,7 +175,10 @@ margin-top:3px;font-size:.74rem;text-align:center} .near .from{padding-right:14p
 border-right:1px solid var(--line)} pre{background:var(--bg);border:1px solid var(--line);border-radius:10px;
 padding:14px 16px;overflow-x:auto;margin:0; font:13px/1.6 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace} dl{
 display:grid;grid-template-columns:minmax(120px,max-content) 1fr;gap:6px 22px;margin:0;font-size:.9rem} dt{
-color:var(--soft)}dd{margin:0;overflow-wrap:anywhere;font-variant-numeric:tabular-nums} @media (max-width:640px){
+color:var(--soft)}dd{margin:0;overflow-wrap:anywhere;font-variant-numeric:tabular-nums} .bar{display:grid;
+grid-template-columns:minmax(120px,260px) 1fr 110px;gap:12px;align-items:center;font-size:.88rem;padding:3px 0}
+.bar div{background:var(--line);border-radius:6px;height:10px;overflow:hidden} .bar i{display:block;height:100%;
+background:var(--accent)} .bar b{font-weight:560;font-variant-numeric:tabular-nums} @media (max-width:640px){
 .wrap{padding:0 14px}.card{padding:15px}dl{grid-template-columns:1fr;gap:0}dd{margin-bottom:8px} table.gates thead{
 display:none}table.gates,table.gates tbody,table.gates tr{display:block} table.gates tr{padding:12px 0;
 border-bottom:1px solid var(--line)}table.gates tr:last-child{border:0} table.gates th,table.gates td{display:block;

@@ -12,7 +12,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -204,17 +204,18 @@ def _of_array(array: np.ndarray, name: str) -> ImageSet:
 
 def _of_iterable(batches: Iterable[Any]) -> ImageSet:
     shape, count = (0, 0, 3), 0
-    file: IO[bytes] = tempfile.TemporaryFile()
-    for batch in batches:
-        array = np.ascontiguousarray(batch)
-        first = _of_array(array, f"batch after image {count}")
-        if count and first.read(0).shape != shape:
-            raise ConfigError(f"images of shape {first.read(0).shape} after image {count}, before them {shape}")
-        shape, count = first.read(0).shape, count + len(array)
-        file.write(array.tobytes())
-    if not count:
-        raise ConfigError("the iterable of images gave none")
-    return _of_array(np.memmap(file, dtype=np.uint8, mode="r", shape=(count, *shape)), "generated")
+    with tempfile.TemporaryFile() as file:  # the mapping outlives the handle
+        for batch in batches:
+            array = np.ascontiguousarray(batch)
+            first = _of_array(array, f"batch after image {count}").read(0)
+            if count and first.shape != shape:
+                raise ConfigError(f"images of shape {first.shape} after image {count}, before them {shape}")
+            shape, count = first.shape, count + len(array)
+            file.write(array.tobytes())
+        if not count:
+            raise ConfigError("the iterable of images gave none")
+        file.flush()
+        return _of_array(np.memmap(file, dtype=np.uint8, mode="r", shape=(count, *shape)), "generated")
 
 
 def _of_shards(spec: str) -> ImageSet:

@@ -12,6 +12,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from mmdiff.errors import ConfigError
@@ -19,6 +20,7 @@ from mmdiff.errors import ConfigError
 from .cli import finish
 from .contractions import CONTRACTIONS
 from .files import by_id, read_records
+from .records import questions
 
 __all__ = [
     "PROTOCOLS",
@@ -28,6 +30,7 @@ __all__ = [
     "normalise_exact",
     "normalise_vqav2",
     "score",
+    "score_files",
     "strip_punctuation",
     "summarise",
     "vqav2_accuracy",
@@ -258,13 +261,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("references", help="JSON or JSONL: question_id, answer, kind; or VQAv2 annotations")
     parser.add_argument("--protocol", choices=list(PROTOCOLS), default="exact")
     options = parser.parse_args(argv)
-    return finish(
-        lambda: score(
-            read_records(options.predictions),
-            read_records(options.references, "annotations"),
-            protocol=options.protocol,
-        )
-    )
+    return finish(lambda: score_files(options.predictions, options.references, protocol=options.protocol))
+
+
+def score_files(predictions: str | Path, references: str | Path, *, protocol: str = "exact") -> VqaResult:
+    """`score` of two files; the references may also be shards, whose samples bring questions and answers."""
+    truths = [item.truth for item in questions(references)]
+    return score(read_records(predictions), truths, protocol=protocol)
 
 
 def _aligned(predictions: Mapping[Any, str] | Sequence[Any], references: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -6,8 +6,19 @@
 
 from __future__ import annotations
 
-from .command import main
+from .command import main, score_files
+from .measuring import draw, measure
 from .rules import Options
 from .scoring import GenEvalResult, Picture, TaskScore, score
 
-__all__ = ["GenEvalResult", "Options", "Picture", "TaskScore", "main", "score"]
+__all__ = [
+    "GenEvalResult",
+    "Options",
+    "Picture",
+    "TaskScore",
+    "draw",
+    "main",
+    "measure",
+    "score",
+    "score_files",
+]

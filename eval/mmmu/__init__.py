@@ -6,7 +6,8 @@ of a response in `parsing`, the official files in `files`, LLaDA-V's way of aski
 
 from __future__ import annotations
 
-from .command import main
+from .command import main, score_files
+from .measuring import STYLES, Measured, measure
 from .scoring import PROTOCOLS, MmmuResult, Row, score
 
-__all__ = ["PROTOCOLS", "MmmuResult", "Row", "main", "score"]
+__all__ = ["PROTOCOLS", "STYLES", "Measured", "MmmuResult", "Row", "main", "measure", "score", "score_files"]
