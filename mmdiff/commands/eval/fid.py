@@ -53,8 +53,7 @@ def fid(
     from eval.processes import barrier, joined
 
     wanted = None if measures is None else MEASURES if measures == "all" else tuple(measures.split(","))
-    settings = {"a": a, "b": b, "features": features, "num": num, "protocol": protocol, "measures": wanted}
-    settings |= {"sha256": sha256, "draws": draws, "seed": seed}
+    settings = dict(a=a, b=b, features=features, num=num, protocol=protocol, measures=wanted, sha256=sha256)
     benchmark = _benchmark(compare, b)
     with joined():
         judged = _images(a, num, seed, batch_size, device, out)
@@ -77,24 +76,26 @@ def fid(
         done.write_statistics(save_statistics)
     result = done.result
     lines = _lines(result)
-    rows: tuple[tuple[str, str, str, str], ...] = ()
-    if benchmark is not None:
-        from eval.published import comparison
-
-        rows = tuple(comparison(benchmark, result.fid, lower_is_better=True))
-        lines += ["", f"published for {benchmark} (50,000 images, ADM's statistics):"]
-        lines += [f"{name:24} {value:>8}  {more or source}" for name, value, source, more in rows]
+    rows = _published(benchmark, result)
+    lines += [f"{name:24} {value:>8}  {more or source}" for name, value, source, more in rows]
     finish(
         result,
         lines,
         as_json,
         out,
         measure="fid",
-        settings=settings,
-        page=lambda: _page(done, rows, settings),
+        settings=settings | {"draws": draws, "seed": seed},
+        page=lambda: _page(done, rows, settings | {"draws": draws, "seed": seed}),
         hashes={"weights": result.weights_sha256, "statistics": result.statistics_sha256},
         items=done.items(),
     )
+
+
+def _published(benchmark: str | None, result: Any) -> tuple[tuple[str, str, str, str], ...]:
+    """Published values (50,000 images against ADM's statistics) with this run in its place."""
+    from eval.published import comparison
+
+    return () if benchmark is None else tuple(comparison(benchmark, result.fid, lower_is_better=True))
 
 
 def _benchmark(compare: str | None, b: str) -> str | None:
