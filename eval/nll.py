@@ -91,6 +91,8 @@ def measure(model: Any, records: Sequence[Mapping[str, Any]], *, samples: int = 
     """
     from tqdm import tqdm
 
+    from mmdiff.pipelines.answers import tokenizer_of
+
     values = []
     for number, record in enumerate(tqdm(records, unit="text", desc="likelihood", disable=None)):
         if not record.get("answer"):
@@ -101,5 +103,5 @@ def measure(model: Any, records: Sequence[Mapping[str, Any]], *, samples: int = 
         else:
             values.append(model.text.loglikelihood(prompt, answer, samples=samples, seed=seed))
     texts = [str(record["answer"]) for record in records]
-    count = model.checkpoint.tokenizer.encode
+    count = tokenizer_of(model.checkpoint).encode
     return score(values, texts, [len(count(text)) for text in texts], samples=samples)

@@ -13,6 +13,7 @@ from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 
 from mmdiff.pipelines import load
+from mmdiff.pipelines.answers import tokenizer_of
 
 from .words import cut, generation_words
 
@@ -72,14 +73,15 @@ class MmdiffLM(LM):
     def _likelihood(self, context: str, continuation: str, more: Sequence[Any]) -> float:
         images = _images(more)
         if images:
-            vision = self.model.vision
-            return vision.loglikelihood([images], context, continuation, samples=self.samples, seed=self.seed)[0]
-        return self.model.text.loglikelihood(context, continuation, samples=self.samples, seed=self.seed)
+            told: Any = self.model.vision.loglikelihood([images], context, continuation, self.samples, self.seed)
+            return float(told[0])
+        own: Any = self.model.text.loglikelihood(context, continuation, self.samples, self.seed)
+        return float(own)
 
     def _writes(self, context: str, continuation: str) -> bool:
         if not self.greedy:
             return False
-        length = len(self.model.checkpoint.tokenizer.encode(continuation))
+        length = len(tokenizer_of(self.model.checkpoint).encode(continuation))
         words = generation_words(self.words, {}) | {"gen_length": length}
         return self.model.text.generate(context, **words) == continuation
 

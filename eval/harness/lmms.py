@@ -62,8 +62,8 @@ class MmdiffLmms(lmms):
         for request in tqdm(requests, desc="mmdiff"):
             context, continuation, visuals, place, task, split = request.args
             images = _pictures(visuals(self.task_dict[task][split][place]))
-            told = {"samples": self.samples, "seed": self.seed}
-            found.append((self.model.loglikelihood([images], context, continuation, **told)[0], False))
+            told: Any = self.model.loglikelihood([images], context, continuation, self.samples, self.seed)
+            found.append((float(told[0]), False))
         return found
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
