@@ -261,6 +261,6 @@ def _layers(tree: Mapping[str, Any]) -> int:
     for key, value in tree.items():
         if isinstance(value, Mapping):
             total += _layers(value)
-        elif key in ("depth", "blocks") and isinstance(value, int):
+        elif (key.endswith("depth") or key == "blocks") and isinstance(value, int):
             total += value
     return total

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mmdiff.io import published, published_vision
+from mmdiff.io import published, published_diffusion, published_vision
 from mmdiff.io.keymap import KeyMap
 from mmdiff.models import llada, vision
 
@@ -142,6 +142,30 @@ LAYOUTS: dict[str, Published] = {
         read=published_vision.read_siglip,
         write=published_vision.write_siglip,
         unused=_unused_siglip,
+    ),
+    "dit": Published(
+        family="dit",
+        keys=published_diffusion.DIT,
+        detect=published_diffusion.is_dit,
+        read=published_diffusion.read_dit,
+        write=published_diffusion.write_dit,
+        unused=lambda config: (),
+    ),
+    "sd3": Published(
+        family="mmdit",
+        keys=published_diffusion.MMDIT,
+        detect=published_diffusion.is_mmdit,
+        read=published_diffusion.read_mmdit,
+        write=published_diffusion.write_mmdit,
+        unused=lambda config: (),
+    ),
+    "meissonic": Published(
+        family="masked_mmdit",
+        keys=published_diffusion.MASKED_MMDIT,
+        detect=published_diffusion.is_masked_mmdit,
+        read=published_diffusion.read_masked_mmdit,
+        write=published_diffusion.write_masked_mmdit,
+        unused=lambda config: (),
     ),
 }
 """Layout -> what it is; the first of a family is written when none is asked for."""

@@ -16,7 +16,7 @@ from torch import nn
 
 from mmdiff.config import Field
 from mmdiff.errors import ConfigError
-from mmdiff.models import llada, llada_v, scorer, unified, vision, vq
+from mmdiff.models import dit, llada, llada_v, masked_mmdit, mmdit, scorer, unified, vision, vq
 from mmdiff.models.base import PretrainedModule
 
 __all__ = [
@@ -92,11 +92,32 @@ FAMILIES: dict[str, Family] = {
     "scorer": Family(
         config=scorer.Config, module=scorer.Scorer, summary="image-text scorer: a small judge for generated images"
     ),
+    "dit": Family(
+        config=dit.Config, module=dit.DiT, summary="class-conditional diffusion transformer (DiT, arXiv 2212.09748)"
+    ),
+    "mmdit": Family(
+        config=mmdit.Config,
+        module=mmdit.MMDiT,
+        summary="text-to-image flow-matching transformer (MMDiT of Stable Diffusion 3, arXiv 2403.03206)",
+    ),
+    "masked_mmdit": Family(
+        config=masked_mmdit.Config,
+        module=masked_mmdit.MaskedMMDiT,
+        summary="MMDiT over masked image tokens (Meissonic, arXiv 2410.08261; Muddit, arXiv 2505.23606)",
+    ),
 }
 """Name -> family. A new family is a new row."""
 
 ModelConfig = Annotated[
-    llada.Config | llada_v.Config | unified.Config | vq.Config | vision.Config | scorer.Config,
+    llada.Config
+    | llada_v.Config
+    | unified.Config
+    | vq.Config
+    | vision.Config
+    | scorer.Config
+    | dit.Config
+    | mmdit.Config
+    | masked_mmdit.Config,
     Field(discriminator="type"),
 ]
 """Any network in a training configuration, told apart by ``type``."""

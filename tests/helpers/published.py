@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tests.helpers import published_diffusion as diffusion
+
 Shapes = dict[str, tuple[int, ...]]
 
 OLMO: dict[str, Any] = {
@@ -90,11 +92,23 @@ LLADA_V: dict[str, Any] = {
 
 SIGLIP: dict[str, Any] = {**LLADA_V["vision_config"], "model_type": "siglip_vision_model"}
 
-CONFIGS = {"olmo": OLMO, "llama": LLAMA, "llada-v": LLADA_V, "siglip": SIGLIP}
+CONFIGS = {
+    "olmo": OLMO,
+    "llama": LLAMA,
+    "llada-v": LLADA_V,
+    "siglip": SIGLIP,
+    "dit": diffusion.DIT,
+    "sd3": diffusion.SD3,
+    "meissonic": diffusion.MUDDIT,
+}
+
+DIFFUSION = {"dit": diffusion.dit_shapes, "sd3": diffusion.sd3_shapes, "meissonic": diffusion.muddit_shapes}
 
 
 def shapes(layout: str, tree: dict[str, Any]) -> Shapes:
     """Every published key of a layout with its shape."""
+    if layout in DIFFUSION:
+        return DIFFUSION[layout](tree)
     if layout == "olmo":
         return olmo_shapes(tree)
     if layout == "siglip":

@@ -12,7 +12,7 @@ from mmdiff import rng
 from mmdiff.config import config, parse
 from mmdiff.errors import CheckpointError, ConfigError
 from mmdiff.io import folder as folders
-from mmdiff.models import llada, llada_v, scorer, unified, vision, vq
+from mmdiff.models import dit, llada, llada_v, masked_mmdit, mmdit, scorer, unified, vision, vq
 from mmdiff.models.llada import LLaDA
 from mmdiff.models.llada_v import LLaDAV
 from mmdiff.models.registry import FAMILIES, ModelConfig, build, identify, load_model, save_folder
@@ -40,6 +40,16 @@ TREES = {
     "vq": {"type": "vq", "image_size": 16, "widths": [8, 16], "levels": [3, 4]},
     "siglip": {"type": "siglip", **VISION},
     "scorer": {"type": "scorer", "vocab_size": 20, "image_size": 16, "widths": [8, 16], "width": 8},
+    "dit": {"type": "dit", "image_size": 4, "width": 16, "depth": 2, "heads": 2, "ffn_width": 32, "classes": 3},
+    "mmdit": {
+        **{"type": "mmdit", "image_size": 8, "channels": 3, "out_channels": 3, "width": 16, "depth": 2, "heads": 2},
+        **{"context_channels": 6, "pooled_channels": 5, "max_grid": 4, "dual_layers": [0], "qk_norm": True},
+    },
+    "masked_mmdit": {
+        **{"type": "masked_mmdit", "width": 16, "heads": 2, "depth": 1, "single_depth": 1, "context_channels": 6},
+        **{"pooled_channels": 5, "axes": [2, 2, 4], "vocab_size": 10, "codebook": 8, "text_vocab_size": 7},
+        **{"adapter": True},
+    },
 }
 CONFIGS = {name: parse(FAMILIES[name].config, tree, name) for name, tree in TREES.items()}
 
@@ -179,7 +189,7 @@ def test_a_published_pytorch_file_loads_beside_its_config(tmp_path):
     [
         ([], "expected a table"),
         ({"model_type": "bert"}, "model_type 'bert'"),
-        ({"model_type": "dit", "mmdiff_version": "9.0", "config": {}}, r"'dit', written by mmdiff 9\.0"),
+        ({"model_type": "later", "mmdiff_version": "9.0", "config": {}}, r"'later', written by mmdiff 9\.0"),
         ({"model_type": "vq", "mmdiff_version": "0", "config": {"widht": 3}}, "did you mean 'width"),
         ({"model_type": "vq", "mmdiff_version": "0", "config": {"image_size": "64"}}, "image_size"),
         ({"model_type": "llada", "mmdiff_version": "0", "config": {"depth": 10**9}}, "promises 1,000,000,000 layers"),
@@ -238,5 +248,7 @@ def test_loading_says_nothing_when_there_is_nothing_to_say(tmp_path, caplog):
 
 
 def test_every_family_is_in_the_table_and_in_the_union():
-    assert [FAMILIES[n].config for n in FAMILIES] == [m.Config for m in (llada, llada_v, unified, vq, vision, scorer)]
+    assert [FAMILIES[n].config for n in FAMILIES] == [
+        m.Config for m in (llada, llada_v, unified, vq, vision, scorer, dit, mmdit, masked_mmdit)
+    ]
     assert all(configs.to_dict(c)["type"] == name for name, c in CONFIGS.items())
