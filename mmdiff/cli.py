@@ -32,6 +32,7 @@ COMMANDS = {
     "sample": "mmdiff.commands.sample:sample",
     "data": "mmdiff.commands.data:app",
     "eval": "mmdiff.commands.eval:app",
+    "mup": "mmdiff.commands.mup:app",
     "convert": "mmdiff.commands.convert:convert",
     "info": "mmdiff.commands.info:info",
     "doctor": "mmdiff.commands.doctor:doctor",

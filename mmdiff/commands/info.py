@@ -18,10 +18,13 @@ __all__ = ["describe", "info"]
 
 def info(
     path: Annotated[str, typer.Argument(help="Folder, weight file or hub id.")],
+    flops: Annotated[bool, typer.Option("--flops", help="Also count the operations of one example.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Print family, sizes, dtype, licence, capabilities and tokenizers of a checkpoint."""
-    report = describe(path)
+    """Print family, sizes, dtype, licence, capabilities and tokenizers of a checkpoint; PATH may be a recipe too."""
+    report = describe(path) if not _is_recipe(path) else _recipe(path)
+    if flops:
+        report["count"] = _count(path)
     typer.echo(json.dumps(report, indent=2) if as_json else _text(report))
 
 
@@ -46,6 +49,28 @@ def describe(path_or_id: str | Path) -> dict[str, Any]:
     if path.is_file() and not (path.parent / "config.json").is_file():
         return {"path": str(path), **_weights(read_tensors(path).info)}
     return _checkpoint(identify(path))
+
+
+def _is_recipe(path: str) -> bool:
+    return path.endswith((".yaml", ".yml"))
+
+
+def _recipe(path: str) -> dict[str, Any]:
+    """What a recipe says of its network: there are no weights yet."""
+    from mmdiff import config as configs
+    from mmdiff.commands.mup import network_of
+
+    network = network_of(path, [])
+    return {"path": path, "family": network.type, "config": configs.to_dict(network)}
+
+
+def _count(path: str) -> dict[str, Any]:
+    from mmdiff.commands.mup import network_of
+    from mmdiff.io import hub
+    from mmdiff.io.folder import identify
+    from mmdiff.scale.flops import count
+
+    return count(network_of(path, []) if _is_recipe(path) else identify(hub.resolve(path)).config)
 
 
 def _checkpoint(identity: Identity) -> dict[str, Any]:
@@ -110,6 +135,22 @@ def _classes(folder: Path) -> tuple[str, ...]:
 
 
 def _text(report: dict[str, Any]) -> str:
+    counted = f"\n{_counted(report['count'])}" if "count" in report else ""
+    if "tensors" in report:
+        return _weights_text(report) + counted
+    return f"{report['path']}\n  family: {report['family']}, a recipe without weights{counted}"
+
+
+def _counted(count: dict[str, Any]) -> str:
+    shapes = ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in count["example"].items())
+    return (
+        f"  trained parameters: {count['parameters']:,}\n"
+        f"  one example ({shapes}): {count['macs']:,} multiply-accumulates, {count['flops']:,} FLOPs forward, "
+        f"{count['training_flops']:,} for a training step"
+    )
+
+
+def _weights_text(report: dict[str, Any]) -> str:
     dtypes = ", ".join(f"{name} {count:,}" for name, count in report["dtypes"].items())
     lines = [
         report["path"],

@@ -11,7 +11,29 @@ from mmdiff.models.registry import ModelConfig
 from mmdiff.training.loop import TrainConfig
 from mmdiff.training.objective import ObjectiveConfig
 
-__all__ = ["RunConfig"]
+__all__ = ["MupConfig", "NetworkConfig", "RunConfig"]
+
+
+@config
+class NetworkConfig:
+    """A network alone."""
+
+    model: ModelConfig
+    """The network."""
+
+
+@config
+class MupConfig:
+    """How a network is parametrised, relative to a smaller one."""
+
+    base_width: int = Field(gt=0)
+    """Width at which ``train.optim`` was tuned; at this width nothing changes but that readouts start at zero."""
+    base_depth: int | None = Field(None, gt=0)
+    """The same for the number of blocks, with the rule ``depth``; null: that of the model."""
+    rule: Literal["sp", "mup", "depth"] = "mup"
+    """sp: as if there were no base; mup: by width; depth: by width and depth (CompleteP)."""
+    decay: Literal["independent", "coupled"] = "independent"
+    """Whether rate times decay stays as at the base, or the decay alone."""
 
 
 @config
@@ -37,6 +59,8 @@ class RunConfig:
     """JSON list of class names; copied into the result."""
     generation: dict[str, dict[str, float | int | str]] | None = None
     """Defaults of generation that are written beside the weights: ``text`` and ``image``, each with its words."""
+    mup: MupConfig | None = None
+    """Carry values over that were tuned at a smaller width; null: train the network as it is."""
     data: DataConfig
     """Shards and tasks."""
     objective: ObjectiveConfig
@@ -53,3 +77,5 @@ class RunConfig:
             raise ConfigError("give model (new weights) or init_from (weights to start from), and not both")
         if self.quantize is not None and self.train.lora is None:
             raise ConfigError(f"quantize: {self.quantize} weights cannot be trained themselves; set train.lora too")
+        if self.mup is not None and self.model is None:
+            raise ConfigError("mup needs model: it says how new weights are drawn")

@@ -116,6 +116,7 @@ def run(
         description=run_dir.name,
         device=device,
         progress=progress,
+        scales=_scales(spec),
     )
     again = f"mmdiff train {shlex.quote(str(run_dir / 'config.yaml'))} --resume"
     model_dir = None
@@ -239,6 +240,10 @@ def _model(spec: RunConfig) -> Any:
 
     if spec.init_from is not None:
         model: Any = registry.load_model(spec.init_from)
+    elif spec.mup is not None:
+        from mmdiff.scale import mup
+
+        model = mup.fresh(_plan(spec), spec.model, _base(spec), rng.generator(spec.train.seed, "init"))
     else:
         model = registry.build(spec.model, generator=rng.generator(spec.train.seed, "init"))
     if spec.dtype is not None:
@@ -275,6 +280,27 @@ def _export(spec: RunConfig, model: Any, run_dir: Path, parts: Mapping[str, Any]
         return write_adapter(model, run_dir / "adapter", base=spec.init_from)
     model.to("cpu").save_pretrained(run_dir / "model", **parts, generation=spec.generation)
     return run_dir / "model"
+
+
+def _base(spec: RunConfig) -> Any:
+    """The configuration at which the recipe's values were tuned."""
+    from mmdiff.scale.family import with_size
+
+    return with_size(spec.model, width=spec.mup.base_width, depth=spec.mup.base_depth) if spec.mup else spec.model
+
+
+def _plan(spec: RunConfig) -> Any:
+    from mmdiff.scale import mup
+
+    return mup.plan(spec.model, _base(spec), rule=spec.mup.rule if spec.mup else "sp")
+
+
+def _scales(spec: RunConfig) -> dict[str, tuple[float, float]] | None:
+    """Factors of every parameter's rate and decay; None without muP."""
+    if spec.mup is None:
+        return None
+    factors = {row.name: row.factors("adamw", spec.mup.decay) for row in _plan(spec).rows}
+    return {name: (f.lr, f.decay) for name, f in factors.items()}
 
 
 def _init_part(model: Any, name: str, source: str, other: Any) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -124,6 +124,7 @@ def fit(
     description: str = "",
     device: torch.device | str = "cpu",
     progress: bool = True,
+    scales: Mapping[str, tuple[float, float]] | None = None,
 ) -> FitReport:
     """Train ``model`` in place.
 
@@ -142,6 +143,7 @@ def fit(
         description: Name of the run for the progress bar.
         device: Where to train.
         progress: Show a bar or lines on stderr.
+        scales: See `mmdiff.training.optim.build`.
 
     Raises:
         ConfigError: The folder cannot be used, the configuration changed, or the loader ended early.
@@ -156,7 +158,7 @@ def fit(
         if config.lora is not None:
             attach(model, config.lora, config.seed)
         stack.enter_context(recomputing(model, config.gradient_checkpointing))
-        run = _Run(model.to(device), objective, loader, config, run_dir, torch.device(device))
+        run = _Run(model.to(device), objective, loader, config, run_dir, torch.device(device), scales)
         run.restore()
         stack.callback(run.close)
         run.progress = Progress(progress, config.samples, run.samples, description)
@@ -179,11 +181,12 @@ class _Run:
         config: TrainConfig,
         run_dir: Path,
         device: torch.device,
+        scales: Mapping[str, tuple[float, float]] | None = None,
     ) -> None:
         self.model, self.objective, self.loader, self.config = model, objective, loader, config
         self.run_dir, self.device = run_dir, device
         self.checkpoints = state.Checkpoints(run_dir, config.keep)
-        self.optimizer = optim.build(model, config.optim)
+        self.optimizer = optim.build(model, config.optim, scales)
         self.parameters = list(optim.trainable(model).values())
         halflife = config.ema_halflife_samples
         self.ema = optim.EMA(model, halflife, config.ema_ramp) if halflife else None

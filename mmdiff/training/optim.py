@@ -78,12 +78,15 @@ def factor(schedule: ScheduleConfig, samples: int, total: int) -> float:
     return warmup * (schedule.final + (1 - schedule.final) * left)
 
 
-def build(model: nn.Module, spec: OptimConfig) -> torch.optim.AdamW:
+def build(
+    model: nn.Module, spec: OptimConfig, scales: Mapping[str, tuple[float, float]] | None = None
+) -> torch.optim.AdamW:
     """AdamW over the trainable parameters; those with factor 0 are frozen here.
 
     Args:
         model: Its parameters may already be partly frozen; they stay so.
         spec: Rates, decay and factors.
+        scales: Parameter -> further factors of its rate and of its decay, such as those of a muP plan; default 1.
 
     Raises:
         ConfigError: A pattern of ``spec.factors`` fits no parameter, or nothing is left to train.
@@ -92,15 +95,14 @@ def build(model: nn.Module, spec: OptimConfig) -> torch.optim.AdamW:
     for name, parameter in model.named_parameters():
         if factors[name] == 0:
             parameter.requires_grad_(False)
-    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in trainable(model).items():
-        groups.setdefault((factors[name], parameter.ndim >= 2), []).append(parameter)
+        by, decays = (scales or {}).get(name, (1.0, 1.0))
+        decay = spec.weight_decay * decays if parameter.ndim >= 2 else 0.0
+        groups.setdefault((factors[name] * by, decay), []).append(parameter)
     if not groups:
         raise ConfigError("every parameter is frozen, so there is nothing to train; check optim.factors")
-    tables = [
-        {"params": parameters, "factor": by, "weight_decay": spec.weight_decay if decays else 0.0}
-        for (by, decays), parameters in groups.items()
-    ]
+    tables = [{"params": parameters, "factor": by, "weight_decay": decay} for (by, decay), parameters in groups.items()]
     # On a CPU the fused kernel takes a quarter of the time of the plain loop; foreach is slower than the loop there.
     fused = all(p.device.type in ("cpu", "cuda") for p in model.parameters())
     return torch.optim.AdamW(tables, lr=spec.lr, betas=spec.betas, eps=spec.eps, fused=fused)

@@ -1,0 +1,131 @@
+"""Pictures of coordinate checks and sweeps: charts of `eval.svg` on a page, in one SVG, or in a PNG."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING
+
+from mmdiff.errors import ConfigError, MissingExtraError
+
+if TYPE_CHECKING:
+    from mmdiff.commands.mup_sweep import Sweep
+    from mmdiff.scale.coordinates import CoordReport
+
+__all__ = ["Chart", "draw", "draw_check", "draw_sweep"]
+
+Chart = tuple[str, str]
+"""(title, SVG element)."""
+
+_CELL = (340, 210)
+_HEAD, _PER_ROW = 30, 4
+_STYLE = (
+    "text{font:11px sans-serif;fill:#5b6472}.title{font:600 13px sans-serif;fill:#14181f}"
+    ".grid{stroke:#e3e6eb}.line{fill:none;stroke-width:1.6}"
+    ".s0{stroke:#4f46e5}.s1{stroke:#0d9488}.s2{stroke:#d97706}.s3{stroke:#db2777}.s4{stroke:#0284c7}.s5{stroke:#65a30d}"
+)
+
+
+def draw_check(path: Path, reports: Mapping[str, CoordReport], title: str) -> None:
+    """Draw coordinate checks, a row of charts per form and a chart per step.
+
+    Raises:
+        ConfigError: The file's suffix is none that can be drawn.
+    """
+    charts = [chart for name, report in reports.items() for chart in _check_charts(name, report)]
+    draw(path, charts, title, [f"{name}: {report.verdict()}" for name, report in reports.items()])
+
+
+def draw_sweep(path: Path, sweep: Sweep) -> None:
+    """Draw loss against rate, a chart per rule and a line per width; errors as in `draw_check`."""
+    from eval.svg import Curve, line_chart
+
+    charts = []
+    for rule in sweep.grid.rules:
+        lines = [
+            Curve(
+                name=str(width),
+                xs=[math.log2(lr) for lr in sorted(sweep.grid.lrs)],
+                ys=[sweep.loss(rule, width, lr) for lr in sorted(sweep.grid.lrs)],
+            )
+            for width in sweep.grid.widths
+        ]
+        svg = line_chart(lines, x_label="log2 learning rate", y_label="loss", smooth=False)
+        charts.append((f"{rule}: widths {', '.join(map(str, sweep.grid.widths))}", svg))
+    draw(path, charts, "Learning rate against width", sweep.table().splitlines())
+
+
+def draw(path: Path, charts: Sequence[Chart], title: str, notes: Sequence[str]) -> None:
+    """Write charts to a file: a page (``.html``), or one picture (``.svg``, ``.png``).
+
+    Raises:
+        ConfigError: Another suffix.
+        MissingExtraError: PNG without the package that draws it.
+    """
+    from mmdiff.io.atomic import save_text
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".html":
+        save_text(path, _page(charts, title, notes))
+    elif path.suffix == ".svg":
+        save_text(path, _picture(charts, notes))
+    elif path.suffix == ".png":
+        path.write_bytes(_png(_picture(charts, notes)))
+    else:
+        raise ConfigError(f"{path}: a plot is an .html, .svg or .png file")
+
+
+def _check_charts(name: str, report: CoordReport) -> list[Chart]:
+    """One chart per step: log2 of every module's mean |x|, moved to 0 at the smallest width."""
+    from eval.svg import Curve, line_chart
+
+    charts = []
+    xs = [math.log2(w) for w in report.widths]
+    for t in sorted({c.t for c in report.curves}):
+        lines = []
+        for c in report.curves:
+            if c.t == t and c.slope is not None and math.isfinite(c.slope):
+                means = [math.log2(fmean(row)) for row in c.sizes]
+                lines.append(Curve(name=c.module, xs=xs, ys=[m - means[0] for m in means]))
+        steepest = max((abs(c.slope or 0.0) for c in report.curves if c.t == t), default=0.0)
+        svg = line_chart(lines, x_label="log2 width", y_label="log2 size", smooth=False)
+        charts.append((f"{name}, t = {t}: |slope| up to {steepest:.2f}", svg))
+    return charts
+
+
+def _page(charts: Sequence[Chart], title: str, notes: Sequence[str]) -> str:
+    from eval.html import card, page, section
+
+    boxes = "".join(card(name, svg) for name, svg in charts)
+    said = "".join(f"<p>{escape(note)}</p>" for note in notes)
+    return page(title, f"<h1>{escape(title)}</h1>{said}", [("charts", "Charts", section("charts", "Charts", boxes))])
+
+
+def _picture(charts: Sequence[Chart], notes: Sequence[str]) -> str:
+    """All charts in one SVG, four to a row, sentences below."""
+    width, height = _CELL
+    columns = min(_PER_ROW, len(charts))
+    rows = math.ceil(len(charts) / columns)
+    parts = []
+    for i, (name, svg) in enumerate(charts):
+        x, y = i % columns * width, i // columns * (height + _HEAD)
+        parts.append(f'<text class="title" x="{x + 40}" y="{y + 18}">{escape(name)}</text>')
+        place = f'<svg x="{x}" y="{y + _HEAD - 6}" width="{width}" height="{height}" '
+        parts.append(svg.replace("<svg ", place, 1) if svg.startswith("<svg ") else "")
+    bottom = rows * (height + _HEAD)
+    parts += [f'<text x="12" y="{bottom + 18 + 16 * i}">{escape(note)}</text>' for i, note in enumerate(notes)]
+    size = f"0 0 {columns * width} {bottom + 24 + 16 * len(notes)}"
+    white = '<rect width="100%" height="100%" fill="#fff"/>'
+    inside = f"<style>{_STYLE}</style>{white}{''.join(parts)}"
+    return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{size}">{inside}</svg>\n'
+
+
+def _png(svg: str) -> bytes:
+    try:
+        import resvg_py
+    except ModuleNotFoundError:
+        raise MissingExtraError("resvg_py", "pack", "to draw a PNG; .svg and .html need nothing") from None
+    return bytes(resvg_py.svg_to_bytes(svg_string=svg))
