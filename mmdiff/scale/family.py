@@ -85,12 +85,13 @@ def scaling(target: Any, base: Any, probe: Any = None) -> Scaling:
 
 
 def size_of(config: Any, what: str) -> int:
-    """Width or depth of a configuration: its own, or that of its backbone.
+    """Width or depth of a configuration: its own, or that of its backbone or encoder.
 
     Raises:
         ConfigError: It has none.
     """
-    owner = config if hasattr(config, what) else getattr(config, "language", None)
+    places = (config, getattr(config, "language", None), getattr(config, "encoder", None))
+    owner = next((place for place in places if hasattr(place, what)), None)
     if owner is None or not hasattr(config, f"with_{what}"):
         raise ConfigError(f"a {getattr(config, 'type', type(config).__name__)} has no {what} to scale")
     return getattr(owner, what)
@@ -134,7 +135,7 @@ def _grouped_alike(have: Mapping[str, Any], base: Mapping[str, Any], part: str, 
 
 def _attention(target: Any, base: Any, takes_scale: bool) -> float | None:
     """The attention scale for a grown head dimension; a warning where the network would use another."""
-    owner, small = (c if hasattr(c, "heads") else getattr(c, "language", c) for c in (target, base))
+    owner, small = (_with_heads(c) for c in (target, base))
     if not hasattr(owner, "heads"):
         return None
     now, then = owner.width // owner.heads, small.width // small.heads
@@ -152,6 +153,11 @@ def _attention(target: Any, base: Any, takes_scale: bool) -> float | None:
         stacklevel=4,
     )
     return None
+
+
+def _with_heads(config: Any) -> Any:
+    places = (config, getattr(config, "language", None), getattr(config, "encoder", None))
+    return next((place for place in places if hasattr(place, "heads")), config)
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

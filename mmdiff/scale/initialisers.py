@@ -135,7 +135,7 @@ def draw_(tensor: Tensor, initialiser: Initialiser, row: Row, generator: torch.G
     """Fill a parameter."""
     with torch.no_grad():
         if isinstance(initialiser, Constant):
-            tensor.fill_(initialiser.value)
+            tensor.fill_(initialiser.value * row.fold)
         elif initialiser.uniform:
             bound = math.sqrt(3) * initialiser.std(row)
             tensor.uniform_(-bound, bound, generator=generator)

@@ -150,10 +150,11 @@ class Plan:
             row = self.row(name)
             if zero_readout and row.role == "output":
                 parameter.zero_()
-            elif recipe is not None and generator is not None:
-                if (initialiser := chosen(recipe, row)) is not None:
-                    draw_(parameter, initialiser, row, generator)
-            elif (spread := _spread(parameter)) and (before := _spread(small[name])):
+            elif recipe is not None and generator is not None and (initialiser := chosen(recipe, row)) is not None:
+                draw_(parameter, initialiser, row, generator)
+            elif row.role == "vector" and row.fold != 1:
+                parameter.mul_(row.fold)
+            elif like is not None and (spread := _spread(parameter)) and (before := _spread(small[name])):
                 parameter.mul_(before * row.init / spread)
         return model
 
@@ -203,6 +204,7 @@ def plan(
     rule: Rule = "mup",
     roles: Mapping[str, Role] | None = None,
     branches: Sequence[str] = (),
+    carriers: Sequence[str] = (),
     multiplier: bool | None = None,
     output_mult: float = 1.0,
     alpha: float = 1.0,
@@ -217,6 +219,7 @@ def plan(
         rule: See `mmdiff.scale.rows.Rule`.
         roles: Name or pattern -> role, where shapes do not tell; they win over all else.
         branches: Patterns of modules that end a residual branch, for ``depth`` in a foreign module.
+        carriers: Patterns of norms in front of a tied readout, whose gain and bias then carry its factor.
         multiplier: Whether the network multiplies the input of its readouts by ``scales["readout_scale"]``. Default:
             configurations that have this field do, everything else gets the form without multipliers, where the
             factor is folded into initialisation and rate.
@@ -227,7 +230,11 @@ def plan(
         ConfigError: The target is no scaling of the base, a role is unknown, or a tied readout has no multiplier.
     """
     nets = _foreign(target, base, probe) if isinstance(target, nn.Module) else scaling(target, base, probe)
-    pattern = Pattern(roles={**nets.pattern.roles, **(roles or {})}, branches=(*nets.pattern.branches, *branches))
+    pattern = Pattern(
+        roles={**nets.pattern.roles, **(roles or {})},
+        branches=(*nets.pattern.branches, *branches),
+        carriers=(*nets.pattern.carriers, *carriers),
+    )
     multiplies = "readout_scale" in nets.fields if multiplier is None else multiplier
     shrink = nets.depth_ratio**-alpha if rule == "depth" else 1.0
     folds = "residual_scale" not in nets.fields
@@ -239,7 +246,8 @@ def plan(
         branch = shrink if folds and _ends_branch(row.name, pattern.branches) else 1.0
         rows.append(_with_factors(dataclasses.replace(row, folded=not multiplies, branch=branch), output_mult, alpha))
     scales = _scales(rows, nets, multiplies, shrink)
-    _check_tied(rows, multiplies)
+    if not multiplies:
+        rows = _carried(rows, pattern.carriers)
     return Plan(rows=tuple(rows), rule=rule, scales=scales)
 
 
@@ -343,14 +351,17 @@ def _row(
     first = places[0]
     kinds = {type(p.owner) for p in places}
     tied = nn.Embedding in kinds and nn.Linear in kinds
+    role = "tied" if tied else role_of(first, pattern.roles)
+    matrix = role in ("hidden", "output") and len(shape) > 1
     return Row(
         name=first.name,
-        role="tied" if tied else role_of(first, pattern.roles),
+        role=role,
         shape=shape,
         base=first.base,
         aliases=tuple(p.name for p in places[1:]),
         trainable=trainable,
-        fan_in_axis=first.fan_in_axis,
+        # A bare matrix that is said to be one is stored (out, in), as those of PyTorch's attention are.
+        fan_in_axis=1 if matrix and first.fan_in_axis is None else first.fan_in_axis,
         rule=rule,
         block=bool(_BLOCK.search(first.name)),
         model_ratio=nets.width_ratio,
@@ -361,6 +372,27 @@ def _row(
 def _ends_branch(name: str, branches: Sequence[str]) -> bool:
     module = name.rpartition(".")[0]
     return any(fnmatchcase(module, pattern) for pattern in branches)
+
+
+def _carried(rows: list[Row], carriers: Sequence[str]) -> list[Row]:
+    """The factor of a tied readout, given to the norm in front of it."""
+    tied = next((row for row in rows if row.role == "tied"), None)
+    if tied is None or tied.forward == 1:
+        return rows
+    norms = [row.name for row in rows if row.role == "vector" and _ends_branch(row.name, carriers)]
+    if not norms:
+        raise ConfigError(_tied_question(tied))
+    moved = {n: dataclasses.replace(r, forward=tied.forward) for r in rows for n in norms if r.name == n}
+    return [moved.get(r.name, dataclasses.replace(r, forward=1.0) if r is tied else r) for r in rows]
+
+
+def _tied_question(tied: Row) -> str:
+    return (
+        f"{tied.name} is both embedding and readout; the readout needs the factor {tied.forward:.4g}, which cannot be "
+        "folded into a weight that is also an embedding: untie them, name the norm whose output it reads "
+        "(carriers=('norm',)), or multiply the readout's input by plan.scales['readout_scale'] in the forward pass and "
+        "say multiplier=True"
+    )
 
 
 def _with_factors(row: Row, output_mult: float, alpha: float) -> Row:
@@ -378,16 +410,6 @@ def _scales(rows: Sequence[Row], nets: Scaling, multiplies: bool, shrink: float)
     if "residual_scale" in nets.fields:
         scales["residual_scale"] = shrink
     return scales if nets.attention_scale is None else {**scales, "attention_scale": nets.attention_scale}
-
-
-def _check_tied(rows: Sequence[Row], multiplies: bool) -> None:
-    tied = next((row for row in rows if row.role == "tied"), None)
-    if tied is not None and not multiplies and tied.forward != 1:
-        raise ConfigError(
-            f"{tied.name} is both embedding and readout; the readout needs the factor {tied.forward:.4g}, which cannot "
-            "be folded into a weight that is also an embedding: untie them, or multiply the readout's input by "
-            "plan.scales['readout_scale'] in the forward pass and say multiplier=True"
-        )
 
 
 def _spread(parameter: Tensor) -> float:

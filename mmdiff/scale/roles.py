@@ -6,7 +6,7 @@ What shapes cannot tell is said in `FAMILIES`, a few patterns per family of the 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -28,10 +28,13 @@ class Pattern:
     Attributes:
         roles: Name or pattern with ``*`` -> role. The last one that fits decides.
         branches: Patterns of the modules that end a residual branch.
+        carriers: Patterns of norms whose output goes straight into a tied readout: their gain and bias can carry its
+            factor where the forward pass takes none.
     """
 
     roles: Mapping[str, Role] = field(default_factory=dict)
     branches: tuple[str, ...] = ()
+    carriers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,7 @@ def _llada(config: Any, prefix: str = "") -> Pattern:
     return Pattern(
         roles=tied if config.tied else head,
         branches=(f"{prefix}layers.*.self_attn.o_proj", f"{prefix}layers.*.mlp.down_proj"),
+        carriers=(f"{prefix}norm",) if config.tied else (),
     )
 
 
@@ -78,13 +82,26 @@ def _llada_v(config: Any) -> Pattern:
 
 def _unified(config: Any) -> Pattern:
     language = _llada_v(config)
-    return Pattern(roles={**language.roles, "codes.head.weight": "output"}, branches=language.branches)
+    return replace(language, roles={**language.roles, "codes.head.weight": "output"})
+
+
+def _maskgit(config: Any) -> Pattern:
+    roles: dict[str, Role] = {"net.tok_emb.weight": "tied", "*.in_proj_weight": "hidden"}
+    if config.variant != "bert":
+        return Pattern(roles=roles)  # its last norm is shifted by the class, so it cannot carry the readout's factor
+    return Pattern(
+        roles=roles,
+        branches=("net.transformer.layers.*.0.fn.mha.out_proj", "net.transformer.layers.*.1.fn.net.3"),
+        carriers=("net.last_layer.4",),
+    )
 
 
 FAMILIES: dict[str, Callable[[Any], Pattern]] = {
     "llada": _llada,
     "llada_v": _llada_v,
     "unified": _unified,
+    "emigm": lambda config: Pattern(roles={"head.final_layer.linear.weight": "output"}),
+    "maskgit": _maskgit,
     "dit": lambda config: Pattern(roles={"final_layer.linear.weight": "output"}),
     "mmdit": lambda config: Pattern(roles={"readout.weight": "output"}),
     "masked_mmdit": lambda config: Pattern(roles={"codes.out.weight": "output", "text_readout.weight": "output"}),

@@ -137,6 +137,33 @@ def _run_seen_text(model: Any, batch: Batch) -> Tensor:
     return logits[:, features.shape[1] :]
 
 
+def _codes(config: Any, b: int, g: torch.Generator) -> Batch:
+    codes = _ids(config.codebook, (b, config.tokens), g)
+    masked = rng.uniform(g, codes.shape) < 0.5
+    labels = _ids(config.classes, (b,), g)
+    return {"codes": codes.masked_fill(masked, config.codebook), "labels": labels, "target": codes}
+
+
+def _tokens(config: Any, b: int, g: torch.Generator) -> Batch:
+    """Half of the tokens known, the same number in every row, and a noisy form of each for the head."""
+    shape = (b, config.tokens, config.token_channels)
+    return {
+        "latents": rng.normal(g, shape),
+        "mask": rng.permutation(g, b, config.tokens) < config.tokens // 2,
+        "labels": _ids(config.classes, (b,), g),
+        "noisy": rng.normal(g, shape),
+        "t": 1000 * rng.uniform(g, (b * config.tokens,)),
+        "target": rng.normal(g, (b * config.tokens, 2 * config.token_channels)),
+    }
+
+
+def _run_tokens(model: Any, batch: Batch) -> Tensor:
+    """The condition of every token, and the head's prediction from it."""
+    known = int(batch["mask"].shape[1] - batch["mask"].shape[1] // 2)
+    z = model.condition(batch["latents"], batch["mask"], batch["labels"], counts=(known, known))
+    return model.head(batch["noisy"].flatten(0, 1), batch["t"], z.flatten(0, 1))
+
+
 def _classes(config: Any, b: int, g: torch.Generator) -> Batch:
     shape = (b, config.channels, config.image_size, config.image_size)
     target = (b, config.out_channels, *shape[2:])
@@ -177,6 +204,8 @@ def _run_codes(model: Any, batch: Batch) -> Tensor:
 PROBLEMS: dict[str, Problem] = {
     "llada": Problem(_text, lambda model, batch: model(batch["ids"]), _cross_entropy),
     "llada_v": Problem(_seen_text, _run_seen_text, _cross_entropy),
+    "maskgit": Problem(_codes, lambda model, batch: model(batch["codes"], batch["labels"]), _cross_entropy),
+    "emigm": Problem(_tokens, _run_tokens, _mse),
     # Zero modulation hides the blocks from a check of four steps, so these are initialised as muP's paper does.
     "dit": Problem(_classes, lambda model, batch: model(batch["x"], batch["t"], batch["labels"]), _mse, FAN_IN),
     "mmdit": Problem(

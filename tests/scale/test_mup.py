@@ -262,16 +262,41 @@ def test_a_role_that_shapes_do_not_tell_is_asked_for_and_never_guessed():
 
 def test_a_tied_readout_needs_the_forward_pass():
     rules = {"table": "vector"}
-    with pytest.raises(ConfigError, match="cannot be folded into a weight that is also an embedding: untie them, or"):
+    with pytest.raises(ConfigError, match="cannot be folded into a weight that is also an embedding: untie them, name"):
         foreign(32, rules, tied=True)
     nets = (Foreign(w, tied=True) for w in (32, 8, 12))
     target, base, probe = nets
     plan = mup.plan(target, base, probe=probe, roles=rules, multiplier=True)
     row = plan.row("head.weight")
     assert (row.name, row.role, row.forward, row.init, row.factors("adamw").lr) == ("embed.weight", "tied", 0.25, 1, 1)
-    own = dataclasses.replace(TEXT, tied=True)
-    with pytest.raises(ConfigError, match=r"embed_tokens\.weight is both embedding and readout"):
-        mup.plan(wide(own), own)
+
+
+def test_the_norm_in_front_of_a_tied_readout_can_carry_its_factor():
+    """Three steps of a tied text model: the factor in the norm's gain against one in the forward pass."""
+    base = dataclasses.replace(TEXT, tied=True)
+    target = wide(base)
+    plan = mup.plan(target, base)
+    row = plan.row("norm.weight")
+    assert (row.role, row.fold, row.factors("adamw").lr) == ("vector", 0.25, 0.25)
+    assert plan.row("embed_tokens.weight").fold == 1
+    losses = []
+    for carried in (True, False):
+        used = plan if carried else mup.plan(target, base, multiplier=True)
+        model = mup.fresh(plan, target, base, rng.generator(0, "init"))
+        assert set(model.norm.weight.tolist()) == {0.25}
+        if not carried:
+            model.norm.weight.data.fill_(1)
+            scale = used.scales["readout_scale"]
+            model.norm.register_forward_hook(lambda _, __, out, scale=scale: out * scale)
+        optimizer = torch.optim.AdamW(used.groups(model, lr=1e-2), lr=1e-2, eps=1e-12, weight_decay=0.0)
+        ids = torch.arange(24).view(2, 12)
+        for _ in range(3):
+            loss = nn.functional.cross_entropy(model(ids).flatten(0, 1), ids.flatten().flip(0))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+    torch.testing.assert_close(torch.stack(losses[:3]), torch.stack(losses[3:]), atol=0, rtol=1e-4)
 
 
 def test_a_foreign_module_needs_a_probe():
