@@ -10,9 +10,9 @@ Source: Tensor Programs V (arXiv 2203.03466), appendix D.1.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from statistics import NormalDist, fmean
 from typing import Any
 
@@ -33,10 +33,12 @@ class Trial:
     Attributes:
         model: The network.
         step: One training step on a fixed batch: forward, loss, backward, optimizer.
+        factors: Module -> factor that a parametrisation put into its output on purpose; sizes are divided by it.
     """
 
     model: nn.Module
     step: Callable[[], Any]
+    factors: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +135,7 @@ def _measure(trial: Trial, steps: int) -> dict[tuple[str, int], float]:
         seen: dict[str, list[float]] = {}
         with _recording(trial.model, seen):
             trial.step()
-        found |= {(name, t): fmean(values) for name, values in seen.items()}
+        found |= {(name, t): fmean(values) / trial.factors.get(name, 1.0) for name, values in seen.items()}
     return found
 
 

@@ -135,7 +135,8 @@ class Plan:
             recipe: Initialisers; a parameter that none fits keeps its values.
             like: Or: the base with fresh weights of its own; every parameter of ``model`` is rescaled to the base's
                 spread times its factor. Parameters without spread (zeros, gains) stay.
-            zero_readout: Set the readouts to zero, their value at infinite width.
+            zero_readout: Set the readouts (of a tied one, the norm that carries its factor) to zero, their value at
+                infinite width.
 
         Returns:
             ``model``.
@@ -148,7 +149,7 @@ class Plan:
         small = {} if like is None else dict(like.named_parameters())
         for name, parameter in model.named_parameters():
             row = self.row(name)
-            if zero_readout and row.role == "output":
+            if zero_readout and (row.role == "output" or row.carrier):
                 parameter.zero_()
             elif recipe is not None and generator is not None and (initialiser := chosen(recipe, row)) is not None:
                 draw_(parameter, initialiser, row, generator)
@@ -377,13 +378,13 @@ def _ends_branch(name: str, branches: Sequence[str]) -> bool:
 def _carried(rows: list[Row], carriers: Sequence[str]) -> list[Row]:
     """The factor of a tied readout, given to the norm in front of it."""
     tied = next((row for row in rows if row.role == "tied"), None)
-    if tied is None or tied.forward == 1:
+    norms = {row.name for row in rows if row.role == "vector" and _ends_branch(row.name, carriers)}
+    if tied is None or (not norms and tied.forward == 1):
         return rows
-    norms = [row.name for row in rows if row.role == "vector" and _ends_branch(row.name, carriers)]
     if not norms:
         raise ConfigError(_tied_question(tied))
-    moved = {n: dataclasses.replace(r, forward=tied.forward) for r in rows for n in norms if r.name == n}
-    return [moved.get(r.name, dataclasses.replace(r, forward=1.0) if r is tied else r) for r in rows]
+    changes = {name: {"forward": tied.forward, "carrier": True} for name in norms} | {tied.name: {"forward": 1.0}}
+    return [dataclasses.replace(row, **changes.get(row.name, {})) for row in rows]
 
 
 def _tied_question(tied: Row) -> str:

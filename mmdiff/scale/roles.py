@@ -100,7 +100,7 @@ FAMILIES: dict[str, Callable[[Any], Pattern]] = {
     "llada": _llada,
     "llada_v": _llada_v,
     "unified": _unified,
-    "emigm": lambda config: Pattern(roles={"head.final_layer.linear.weight": "output"}),
+    "emigm": lambda config: Pattern(roles={"diffloss.net.final_layer.linear.weight": "output"}),
     "maskgit": _maskgit,
     "dit": lambda config: Pattern(roles={"final_layer.linear.weight": "output"}),
     "mmdit": lambda config: Pattern(roles={"readout.weight": "output"}),

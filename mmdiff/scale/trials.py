@@ -19,7 +19,7 @@ from mmdiff.models import registry
 from mmdiff.scale import mup
 from mmdiff.scale.coordinates import Trial
 from mmdiff.scale.family import with_size
-from mmdiff.scale.initialisers import FAN_IN, Normal, Recipe
+from mmdiff.scale.initialisers import FAN_IN, Constant, Normal, Recipe
 from mmdiff.scale.rows import Rule
 
 __all__ = ["PROBLEMS", "Problem", "Variant", "problem_of", "trials"]
@@ -87,7 +87,7 @@ def trials(
         draws = rng.generator(seed, "init")
         if problem.recipe is not None and variant != "sp":
             model: nn.Module = registry.build(mup.with_scales(target, the_plan), generator=draws)
-            the_plan.init_(model, draws, recipe=problem.recipe)
+            the_plan.init_(model, draws, recipe=problem.recipe, zero_readout=True)
         else:
             model = mup.fresh(the_plan, target, base, draws, zero_readout=variant != "sp")
         given = problem.inputs(target, batch, rng.generator(seed, "batch"))
@@ -100,9 +100,22 @@ def trials(
             loss.backward()
             optimizer.step()
 
-        return Trial(model.train(), step)
+        return Trial(model.train(), step, _carried(model, the_plan))
 
     return make
+
+
+def _carried(model: nn.Module, plan: mup.Plan) -> dict[str, float]:
+    """Modules whose output holds the factor of a tied readout: the norm that carries it, and sequences it ends."""
+    out = {}
+    for row in plan.rows:
+        name = row.name.rpartition(".")[0] if row.carrier else ""
+        while name:
+            out[name] = row.fold
+            parent, _, last = name.rpartition(".")
+            owner = model.get_submodule(parent)
+            name = parent if isinstance(owner, nn.Sequential) and last == str(len(owner) - 1) else ""
+    return out
 
 
 def _ids(high: int, shape: tuple[int, ...], g: torch.Generator) -> Tensor:
@@ -201,10 +214,18 @@ def _run_codes(model: Any, batch: Batch) -> Tensor:
     return model(*given).movedim(1, -1)
 
 
+_FLAT: Recipe = {"input": Normal(0.1), "hidden": Normal(0.1), "output": Constant(), "*.bias": Constant()}
+"""N(0, 0.1^2) at the base: the setting in which muP's package is checked on language models."""
+
 PROBLEMS: dict[str, Problem] = {
-    "llada": Problem(_text, lambda model, batch: model(batch["ids"]), _cross_entropy),
-    "llada_v": Problem(_seen_text, _run_seen_text, _cross_entropy),
-    "maskgit": Problem(_codes, lambda model, batch: model(batch["codes"], batch["labels"]), _cross_entropy),
+    "llada": Problem(_text, lambda model, batch: model(batch["ids"]), _cross_entropy, _FLAT),
+    "llada_v": Problem(_seen_text, _run_seen_text, _cross_entropy, _FLAT),
+    "maskgit": Problem(
+        _codes,
+        lambda model, batch: model(batch["codes"], batch["labels"]),
+        _cross_entropy,
+        {**FAN_IN, "tied": Normal(0.5)},
+    ),
     "emigm": Problem(_tokens, _run_tokens, _mse),
     # Zero modulation hides the blocks from a check of four steps, so these are initialised as muP's paper does.
     "dit": Problem(_classes, lambda model, batch: model(batch["x"], batch["t"], batch["labels"]), _mse, FAN_IN),

@@ -277,12 +277,13 @@ def test_the_norm_in_front_of_a_tied_readout_can_carry_its_factor():
     target = wide(base)
     plan = mup.plan(target, base)
     row = plan.row("norm.weight")
+    assert not mup.fresh(plan, target, base, rng.generator(0, "init")).norm.weight.any()
     assert (row.role, row.fold, row.factors("adamw").lr) == ("vector", 0.25, 0.25)
     assert plan.row("embed_tokens.weight").fold == 1
     losses = []
     for carried in (True, False):
         used = plan if carried else mup.plan(target, base, multiplier=True)
-        model = mup.fresh(plan, target, base, rng.generator(0, "init"))
+        model = mup.fresh(plan, target, base, rng.generator(0, "init"), zero_readout=False)
         assert set(model.norm.weight.tolist()) == {0.25}
         if not carried:
             model.norm.weight.data.fill_(1)
