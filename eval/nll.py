@@ -91,7 +91,7 @@ def measure(model: Any, records: Sequence[Mapping[str, Any]], *, samples: int = 
     """
     from tqdm import tqdm
 
-    from mmdiff.pipelines.answers import tokenizer_of
+    from mmdiff.pipelines.prompts import tokenizer_of
 
     values = []
     for number, record in enumerate(tqdm(records, unit="text", desc="likelihood", disable=None)):

@@ -13,7 +13,7 @@ from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 
 from mmdiff.pipelines import load
-from mmdiff.pipelines.answers import tokenizer_of
+from mmdiff.pipelines.prompts import tokenizer_of
 
 from .words import cut, generation_words
 
