@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,14 +11,24 @@ from hypothesis import strategies as st
 
 from mmdiff import rng
 from mmdiff.errors import ConfigError
+from mmdiff.models.llada import Config
 from mmdiff.sampling import (
+    CertaintyDensity,
     Cosine,
+    Credit,
+    Dual,
+    Energy,
     Entropy,
+    EntropyBound,
+    EntropyThreshold,
     Eos,
+    Expected,
     Factor,
     Fixed,
     Gumbel,
+    Hierarchy,
     Linear,
+    LocalLeap,
     Margin,
     Multinomial,
     Proposal,
@@ -24,6 +36,7 @@ from mmdiff.sampling import (
     RandomTopK,
     Shift,
     Threshold,
+    ThresholdOrQuota,
     TopConfidence,
 )
 from mmdiff.sampling.presets import image_parts, text_parts
@@ -41,7 +54,18 @@ SELECTORS = [
     RandomTopK(2.0, "compound"),
     RandomTopK(0.5, "constant"),
     Threshold(0.3),
+    Threshold(0.3, slack=1e-3),
     Factor(1.0),
+    Factor(1.0, published="fast_dllm"),
+    Factor(0.5, published="llada_v"),
+    EntropyThreshold(0.5),
+    EntropyBound(0.3),
+    LocalLeap(0.6, radius=1, relaxed=0.3),
+    Hierarchy(0.6, 0.3),
+    Hierarchy(None, None),
+    ThresholdOrQuota(0.5),
+    CertaintyDensity(2.0),
+    Credit(Threshold(0.4)),
 ]
 
 
@@ -181,8 +205,19 @@ def test_presets_give_the_documented_parts():
     exact = text_parts(gen_length=64, end_ids=(1,), preset="exact", steps=16, block_length=8, cfg_scale=0.5)
     assert (exact.schedule, exact.selector, exact.exit) == (Linear(16), TopConfidence(), None)
     assert exact.guidance.scale == 1.5
+    assert (fast.cache, text_parts(gen_length=8, end_ids=(1,), preset="turbo").cache, exact.cache) == (
+        Dual(),
+        Dual(),
+        None,
+    )
     reference = text_parts(gen_length=8, end_ids=(1,), compat="reference", temperature=1.0)
     assert (reference.sampler, reference.selector.published_ties) == (Gumbel(1.0), True)
+    assert (reference.schedule, reference.cache, reference.exit) == (Linear(published=True), None, None)
+    late = {
+        t: text_parts(gen_length=8, end_ids=(1, 2), compat="reference", temperature=t, postpone=(1, 2))
+        for t in (0.0, 1.0)
+    }
+    assert [late[t].constraint.postpone for t in (0.0, 1.0)] == [(1, 2), (2,)], "the published code forgets end of text"
     assert text_parts(gen_length=8, end_ids=(1,), remasking="random").selector == Random()
     assert text_parts(gen_length=8, end_ids=(1,), guidance=1.0).guidance is None
     drawn = image_parts(slots=64, num_inference_steps=12, guidance=1.0)
@@ -212,3 +247,33 @@ def test_presets_give_the_documented_parts():
 def test_words_that_contradict_each_other_are_refused(words, message):
     with pytest.raises(ConfigError, match=message):
         text_parts(gen_length=8, end_ids=(1,), **words)
+
+
+def test_a_longer_context_raises_the_rotary_base_only():
+    config = Config(width=4096, heads=32)
+    longer = config.with_length(131072)
+    assert longer.max_length == 131072
+    assert longer.rope_theta == pytest.approx(561.94 * 5e5, rel=1e-4), "UltraLLaDA's factor for LLaDA-8B"
+    assert dataclasses.replace(longer, max_length=4096, rope_theta=5e5) == config
+
+
+SCHEDULES = [
+    Linear(7),
+    Cosine(7),
+    Cosine(7, every_step=False),
+    Shift(7),
+    Shift(7, "cosine"),
+    Expected(7),
+    Energy(7, 0.5, 2.0),
+]
+
+
+def test_counts_of_every_schedule_sum_to_the_masks():
+    for schedule in SCHEDULES:
+        for masks in (1, 5, 7, 40):
+            counts = schedule.counts(masks, 7)
+            assert sum(counts) == masks
+            assert min(counts) > 0
+            assert len(counts) <= 7
+    with pytest.raises(ConfigError, match="positive"):
+        Energy(4, 0.0)
