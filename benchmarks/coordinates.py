@@ -3,8 +3,8 @@
     python benchmarks/coordinates.py --out docs/assets          # all families, 3 seeds
     python benchmarks/coordinates.py --families dit --seeds 1
 
-Widths 64 to 512 at 16 channels per head, 4 steps of AdamW at rate 1e-2 on one fixed batch of 8, in three forms: muP, the
-standard parametrisation, and muP's initialisation with one rate for all.
+Widths 64 to 512 at 16 channels per head, 4 steps of AdamW at rate 1e-2 on one fixed batch of 8, in three forms: muP,
+the standard parametrisation, and muP's initialisation with one rate for all.
 """
 
 from __future__ import annotations

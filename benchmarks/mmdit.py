@@ -3,9 +3,9 @@
     python benchmarks/mmdit.py                      # small enough for two CPU cores
     python benchmarks/mmdit.py --device cuda --compile --depth 24 --heads 24 --head-dim 64 --side 64
 
-Each round times a forward and a backward pass of both networks, in turns, so that a busy machine slows both; printed are
-medians and the ratio of diffusers' time to ours (above 1: ours is faster), and the largest difference of outputs and
-gradients.
+Each round times a forward and a backward pass of both networks, in turns, so that a busy machine slows both; printed
+are medians and the ratio of diffusers' time to ours (above 1: ours is faster), and the largest difference of outputs
+and gradients.
 """
 
 from __future__ import annotations
@@ -61,18 +61,16 @@ def networks(o: argparse.Namespace) -> tuple[MMDiT, nn.Module]:
 
 
 def inputs(o: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Latents, times, text features and pooled text."""
     g = torch.Generator().manual_seed(1)
-    shapes = (
-        (o.batch, 16, o.side, o.side),
-        (o.batch,),
-        (o.batch, o.words, o.text_channels),
-        (o.batch, o.text_channels),
-    )
+    b, j = o.batch, o.text_channels
+    shapes = ((b, 16, o.side, o.side), (b,), (b, o.words, j), (b, j))
     x, t, context, pooled = (torch.randn(shape, generator=g).to(o.device) for shape in shapes)
     return x, 500 + 100 * t, context, pooled
 
 
 def timed(step: Callable[[], Tensor], device: str) -> float:
+    """Seconds of one step."""
     started = time.perf_counter()
     step()
     if device.startswith("cuda"):
