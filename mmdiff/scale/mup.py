@@ -383,8 +383,14 @@ def _carried(rows: list[Row], carriers: Sequence[str]) -> list[Row]:
         return rows
     if not norms:
         raise ConfigError(_tied_question(tied))
-    changes = {name: {"forward": tied.forward, "carrier": True} for name in norms} | {tied.name: {"forward": 1.0}}
-    return [dataclasses.replace(row, **changes.get(row.name, {})) for row in rows]
+    factor, shared = tied.forward, tied.name
+
+    def moved(row: Row) -> Row:
+        if row.name in norms:
+            return dataclasses.replace(row, forward=factor, carrier=True)
+        return dataclasses.replace(row, forward=1.0) if row.name == shared else row
+
+    return [moved(row) for row in rows]
 
 
 def _tied_question(tied: Row) -> str:

@@ -107,7 +107,7 @@ def trials(
 
 def _carried(model: nn.Module, plan: mup.Plan) -> dict[str, float]:
     """Modules whose output holds the factor of a tied readout: the norm that carries it, and sequences it ends."""
-    out = {}
+    out: dict[str, float] = {}
     for row in plan.rows:
         name = row.name.rpartition(".")[0] if row.carrier else ""
         while name:
