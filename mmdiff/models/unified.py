@@ -10,6 +10,7 @@ Source: the layout follows LaViDa-O (arXiv 2509.19244: separate embedding, head 
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Literal, cast
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from mmdiff.batch import Layout
 from mmdiff.config import Field, config
+from mmdiff.errors import ConfigError
 from mmdiff.images import Tiling
 from mmdiff.models.llada import Config as LanguageConfig
 from mmdiff.models.llada_v import LLaDAV
@@ -37,6 +39,14 @@ class CodesConfig:
     """K, number of codes of the image tokenizer."""
     grid: int = Field(gt=0)
     """Image tokens per side."""
+    levels: tuple[int, ...] = ()
+    """Steps of each channel of a scalar-quantised codebook (FSQ), first channel fastest. Codes that agree in a channel
+    then share a part of their embedding and of their row in the head, so that rare codes are learnt from their
+    neighbours; empty: every code stands alone."""
+
+    def __post_init__(self) -> None:
+        if self.levels and math.prod(self.levels) != self.codebook:
+            raise ConfigError(f"codes.levels {self.levels} make {math.prod(self.levels)} codes, not {self.codebook}")
 
 
 @config
@@ -51,6 +61,9 @@ class Config:
     """The tower that reads images."""
     codes: CodesConfig
     """The image tokens that are drawn."""
+    pool: int = Field(1, gt=0)
+    """Side of the squares of image features that are averaged into one token before the connector, as LLaDA-V does with
+    video frames; 1 keeps all. A fine patch with pooling sees small things and stays cheap for the backbone."""
     tiling: Tiling | None = None
     """How pictures become crops and image tokens; null: every picture is one square."""
     system: str = ""
@@ -59,7 +72,11 @@ class Config:
     """Longest sequence after images are expanded; longer ones are cut. Null: never."""
 
     def __post_init__(self) -> None:
+        if self.vision.grid % self.pool:
+            raise ConfigError(f"pool {self.pool} does not divide the vision tower's grid of {self.vision.grid}")
         if self.tiling is not None:
+            if self.pool > 1:
+                raise ConfigError(f"pool {self.pool} and tiling exclude each other; set pool to 1 or tiling to null")
             self.tiling.canvases(self.vision.image_size)
 
     def with_width(self, width: int) -> Config:
@@ -76,26 +93,42 @@ class ImageCodes(nn.Module):
     """Embedding, positions and head of image codes.
 
     Args:
-        codebook: K.
-        tokens: N image tokens per image.
+        codes: The codebook.
         width: D.
+
+    Source: sharing between codes of a factorised codebook follows Open-MAGVIT2 (arXiv 2409.04410), section 3.2; a free
+        part per code is kept beside it, so that channels need not be independent.
     """
 
-    def __init__(self, codebook: int, tokens: int, width: int) -> None:
+    digits: Tensor
+
+    def __init__(self, codes: CodesConfig, width: int) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(codebook + 1, width)
-        self.position = nn.Embedding(tokens, width)
+        self.embedding = nn.Embedding(codes.codebook + 1, width)
+        self.position = nn.Embedding(codes.grid**2, width)
         self.transform = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width))
-        self.head = nn.Linear(width, codebook)
+        self.head = nn.Linear(width, codes.codebook)
+        self.shared = nn.ModuleDict()
+        if codes.levels:
+            self.shared["embedding"] = nn.Linear(sum(codes.levels), width, bias=False)
+            self.shared["head"] = nn.Linear(width, sum(codes.levels), bias=False)
+        self.register_buffer("digits", _digits(codes.levels, codes.codebook), persistent=False)
 
     def forward(self, hidden: Float[Tensor, "*B D"]) -> Float[Tensor, "*B K"]:
         """Logits over the codes."""
-        return self.head(self.transform(hidden))
+        state = self.transform(hidden)
+        logits = self.head(state)
+        return logits + self.shared["head"](state) @ self.digits.T.to(state) if self.shared else logits
 
     def embed(self, codes: Int[Tensor, "n"]) -> Float[Tensor, "n D"]:
         """Embeddings of whole images of codes, one after the other (n a multiple of N); K is the masked code."""
         images = codes.numel() // self.position.num_embeddings
-        return self.embedding(codes) + self.position.weight.repeat(images, 1)
+        embeds = self.embedding(codes) + self.position.weight.repeat(images, 1)
+        if not self.shared:
+            return embeds
+        known = codes < self.head.out_features
+        shared = self.shared["embedding"](self.digits.to(embeds))[codes.masked_fill(~known, 0)]
+        return embeds + shared * known[:, None]
 
     @torch.no_grad()
     def init_(self, generator: torch.Generator) -> ImageCodes:
@@ -106,7 +139,23 @@ class ImageCodes(nn.Module):
         for linear in (cast("nn.Linear", self.transform[0]), self.head):
             nn.init.trunc_normal_(linear.weight, 0.0, std, -3 * std, 3 * std, generator=generator)
             nn.init.zeros_(linear.bias)
+        if self.shared:
+            # What is shared speaks first; what is one code's own is learnt on top of it.
+            own = self.embedding.weight[:-1]
+            nn.init.normal_(own, 0.0, 0.1 * _EMBEDDING_STD, generator=generator)
+            nn.init.zeros_(self.head.weight)
+            nn.init.normal_(self.shared["embedding"].weight, 0.0, _EMBEDDING_STD / 2, generator=generator)
+            nn.init.normal_(self.shared["head"].weight, 0.0, std / 2, generator=generator)
         return self
+
+
+def _digits(levels: tuple[int, ...], codebook: int) -> Float[Tensor, "K _"]:
+    """One-hot digits of every code, channel after channel."""
+    codes, parts = torch.arange(codebook), []
+    for steps in levels:
+        parts.append(nn.functional.one_hot(codes % steps, steps))
+        codes = codes // steps
+    return torch.cat(parts, 1).float() if parts else torch.zeros(codebook, 0)
 
 
 class Unified(LLaDAV):
@@ -121,7 +170,7 @@ class Unified(LLaDAV):
 
     def __init__(self, config: Config, *, generator: torch.Generator | None = None) -> None:
         super().__init__(config, generator=generator)
-        self.codes = ImageCodes(config.codes.codebook, config.codes.grid**2, config.language.width)
+        self.codes = ImageCodes(config.codes, config.language.width)
         if generator is not None:
             self.codes.init_(generator)
             # Vision features enter at unit scale; text at LLaDA's 1/sqrt(D) would be drowned beside them.
@@ -129,8 +178,14 @@ class Unified(LLaDAV):
 
     def layout(self) -> Layout:
         """What this model expects of a sequence."""
-        codes = self.config.codes
-        return dataclasses.replace(super().layout(), codes=codes.grid**2, codebook=codes.codebook)
+        codes, features = self.config.codes, self.config.vision.tokens // self.config.pool**2
+        return dataclasses.replace(super().layout(), features=features, codes=codes.grid**2, codebook=codes.codebook)
+
+    def features(self, pixels: Float[Tensor, "M 3 S S"]) -> Float[Tensor, "M N D"]:
+        """Connected features of M images in [-1, 1], N per image after pooling, in the backbone's width."""
+        grid, pool = self.config.vision.grid, self.config.pool
+        squares = self.vision(pixels).unflatten(1, (grid // pool, pool, grid // pool, pool))
+        return self.connector(squares.mean((2, 4)).flatten(1, 2))
 
     def code_head(self, hidden: Float[Tensor, "*B D"]) -> Float[Tensor, "*B K"]:
         """Image-code logits of hidden states."""

@@ -32,6 +32,9 @@ SPECIAL_TOKENS = (
 _MAX_BYTES = 128 << 20
 _CACHE = 16_384
 _CACHED_CHARS = 256
+_WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+(?:-\p{L}+)*| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+"""Where BPE may merge: within words, as in GPT-2. "medium-light" is one word here, so that it can be a single token:
+masked diffusion must otherwise guess the number of a word's tokens before it knows the word."""
 
 
 class Tokenizer:
@@ -137,12 +140,16 @@ class Tokenizer:
         """
         if vocab_size < 300:
             raise ConfigError(f"vocab_size is {vocab_size}; at least 300 is needed (256 bytes and the template)")
+        from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
         from tokenizers import Tokenizer as Core
-        from tokenizers import decoders, models, pre_tokenizers, trainers
 
         core = Core(models.BPE())
         core.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Split("\n\n", "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+            [
+                pre_tokenizers.Split("\n\n", "isolated"),
+                pre_tokenizers.Split(Regex(_WORDS), "isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
         )
         core.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(

@@ -12,12 +12,11 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-import torch
 
 from mmdiff.commands.demo import evaluation, stages
 from mmdiff.commands.demo.state import DemoState
 
-SAMPLES = {"image_tokenizer": 24, "scorer": 128, "vision": 128, "reader": 64, "model": 64}
+SAMPLES = {"image_tokenizer": 24, "vision": 128, "reader": 64, "model": 64}
 
 
 @pytest.fixture
@@ -30,10 +29,6 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluation, "SHOWN_PER_SPLIT", 4)
     monkeypatch.setattr(evaluation, "TONED_PER_SPLIT", 6)
     monkeypatch.setattr(evaluation, "UNTRAINED_CAPTIONS", 4)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Images(HTMLParser):

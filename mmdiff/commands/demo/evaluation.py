@@ -20,6 +20,8 @@ from mmdiff.commands.demo.measures import gate, kid_share, macro_over_kinds, ton
 
 __all__ = ["evaluate"]
 
+JUDGE = "vision"
+"""The stage whose network of pictures and texts judges what is drawn."""
 QUESTIONS_PER_KIND = 100
 PROMPTS_PER_SPLIT = 128
 SHOWN_PER_SPLIT = 24
@@ -188,12 +190,12 @@ def _pictures(
             share,
             bound,
             0.5,
-            note=f"scorer features; KID {kid['model']:.4f}, untrained {kid['untrained']:.4f}, real against real "
-            f"{kid['real']:.4f}; N = {len(captions)} generated, {len(real)} real",
+            note=f"features of the demo's own judge; KID {kid['model']:.4f}, untrained {kid['untrained']:.4f}, "
+            f"real against real {kid['real']:.4f}; N = {len(captions)} generated, {len(real)} real",
             smaller_is_better=True,
         )
     )
-    scorer = load_model(folder / "scorer" / "model")
+    scorer = load_model(folder / JUDGE / "model")
     tokenizer = Tokenizer.from_pretrained(folder / "tokenizer")
     texts = _embed_texts(scorer, tokenizer, captions)
     ranks = {
@@ -209,7 +211,7 @@ def _pictures(
             top5.value,
             top5.lower,
             3 * chance,
-            note=f"{ranks['model'].candidates} held-out captions, ranked by the scorer",
+            note=f"{ranks['model'].candidates} held-out captions, ranked by the demo's own judge",
             baselines=[("chance", chance), *((n, dict(r.recall)[5]) for n, r in ranks.items() if n != "model")],
         )
     )
@@ -236,7 +238,7 @@ def _draw(model: Path, prompts: Sequence[str], seed: int, what: str) -> list[Any
 def _distances(
     folder: Path, drawn: dict[str, list[Any]], real: list[Any]
 ) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
-    """FID and KID rows for every feature network that is here, and the scorer's feature vectors."""
+    """FID and KID rows for every feature network that is here, and the judge's feature vectors."""
     import numpy as np
 
     from eval import features, fid
@@ -245,7 +247,7 @@ def _distances(
     stacks = {name: np.stack([np.asarray(i) for i in pictures]) for name, pictures in {**drawn, "real": real}.items()}
     rows: list[dict[str, Any]] = []
     vectors: dict[str, Tensor] = {}
-    for name in (f"scorer:{folder / 'scorer' / 'model'}", "efficientnet-lite0"):
+    for name in (f"scorer:{folder / JUDGE / 'model'}", "efficientnet-lite0"):
         try:
             network = features.open_network(name)
         except MissingExtraError:
@@ -312,7 +314,7 @@ def _save_classes(out: Path, model: Path, seed: int) -> list[str]:
 
 
 def _save_neighbours(out: Path, scorer: Any, wanted: Sequence[Held], drawn: Sequence[Any]) -> list[dict[str, Any]]:
-    """The training pictures that lie nearest to some generated ones, by scorer similarity."""
+    """The training pictures that lie nearest to some generated ones, by the judge's similarity."""
     from data_pipelines.reader import iter_samples
     from mmdiff import images
 

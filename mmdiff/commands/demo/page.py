@@ -13,7 +13,7 @@ from mmdiff.commands.demo.state import DemoState
 
 __all__ = ["summary", "write_page"]
 
-STAGES = ("image_tokenizer", "scorer", "vision", "reader", "model")
+STAGES = ("image_tokenizer", "vision", "reader", "model")
 
 
 def summary(results: Mapping[str, Any]) -> str:
@@ -58,8 +58,8 @@ def write_page(state: DemoState) -> Path:
         environment=_environment(state, __version__),
         commands=_commands(state),
         notes=(
-            "The scorer is a small network trained by the demo: its KID, FID and retrieval compare models judged by "
-            "the same scorer, and nothing else.",
+            "The judge is the small network of pictures and texts that the demo trains first. The model reads with its "
+            "vision tower but draws without it. Its KID, FID and retrieval compare models judged by it, nothing else.",
             "Novel concepts share no base concept with training, so their exact names cannot be known; groups, "
             "colours and attributes can. Novel combinations are known concepts in an unseen skin tone or gender.",
             "Bounds are one-sided 95% bootstrap bounds over concepts; questions are balanced so that the commonest "

@@ -1,6 +1,6 @@
 """The stages of the demo, each one a call of a command that users have too.
 
-tokenizer -> image_tokenizer -> scorer -> vision -> reader -> codes -> model -> evaluation -> report
+tokenizer -> image_tokenizer -> vision -> reader -> codes -> model -> evaluation -> report
 """
 
 from __future__ import annotations
@@ -26,23 +26,21 @@ PROGRESS_AT = (0.0, 0.04, 0.12, 0.3, 0.6, 1.0)
 
 RECIPES = {
     "image_tokenizer": "demo/image_tokenizer.yaml",
-    "scorer": "demo/scorer.yaml",
     "vision": "demo/vision.yaml",
     "reader": "demo/reader.yaml",
     "model": "demo/unified.yaml",
 }
 """The recipe of each training stage."""
-SHARES = {"image_tokenizer": 0.18, "scorer": 0.05, "vision": 0.08, "reader": 0.31, "model": 0.38}
+SHARES = {"image_tokenizer": 0.13, "vision": 0.25, "reader": 0.27, "model": 0.35}
 """How the training time of a ``--minutes`` run is divided."""
 FIXED_SECONDS = 110.0
 """What the stages that do not train take together on two cores; used only to plan ``--minutes``."""
-CALIBRATION_SAMPLES = {"image_tokenizer": 360, "scorer": 1280, "vision": 1280, "reader": 960, "model": 768}
+CALIBRATION_SAMPLES = {"image_tokenizer": 360, "vision": 1280, "reader": 960, "model": 768}
 
 TITLES = {
     "tokenizer": "text tokenizer: subwords learned from captions, questions and answers",
     "image_tokenizer": "image tokenizer: pictures to codes and back",
-    "scorer": "scorer: a small judge of pictures and texts, for KID, FID and retrieval",
-    "vision": "vision tower: pictures beside their texts, before the language model reads it",
+    "vision": "vision tower: pictures beside their texts; the eyes of the model, and the judge of what it draws",
     "reader": "reader: the model learns to answer and caption, with short sequences",
     "codes": "codes: every training picture through the image tokenizer",
     "model": "model: captions, answers and pictures in one run over mixed batches",
@@ -144,7 +142,7 @@ def _overrides(state: DemoState, name: str) -> list[str]:
     if name == "image_tokenizer":
         return common
     common.append(f"tokenizer={state.folder / 'tokenizer'}")
-    if name in ("scorer", "vision"):
+    if name == "vision":
         return common
     images = state.folder / "image_tokenizer" / "model"
     sources = len(_recipe(name)["data"]["sources"])
@@ -179,7 +177,6 @@ def _report(state: DemoState) -> None:
 _STAGES: dict[str, Callable[[DemoState], None]] = {
     "tokenizer": _tokenizer,
     "image_tokenizer": lambda s: _train(s, "image_tokenizer"),
-    "scorer": lambda s: _train(s, "scorer"),
     "vision": lambda s: _train(s, "vision"),
     "reader": lambda s: _train(s, "reader"),
     "codes": _codes,
