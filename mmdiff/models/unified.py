@@ -144,8 +144,9 @@ class ImageCodes(nn.Module):
             own = self.embedding.weight[:-1]
             nn.init.normal_(own, 0.0, 0.1 * _EMBEDDING_STD, generator=generator)
             nn.init.zeros_(self.head.weight)
-            nn.init.normal_(self.shared["embedding"].weight, 0.0, _EMBEDDING_STD / 2, generator=generator)
-            nn.init.normal_(self.shared["head"].weight, 0.0, std / 2, generator=generator)
+            embedding, head = (cast("nn.Linear", self.shared[name]) for name in ("embedding", "head"))
+            nn.init.normal_(embedding.weight, 0.0, _EMBEDDING_STD / 2, generator=generator)
+            nn.init.normal_(head.weight, 0.0, std / 2, generator=generator)
         return self
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ import torch
 from mmdiff import rng
 from mmdiff.batch import IMAGE
 from mmdiff.errors import ConfigError
+from mmdiff.images import Tiling
 from mmdiff.models import llada, llada_v, unified, vision
 
 LANGUAGE = llada.Config(
@@ -104,3 +107,57 @@ def test_the_small_model_has_the_module_types_and_key_names_of_the_published_8b_
     assert keys(model) == keys(published)
     assert isinstance(model, llada_v.LLaDAV)
     assert isinstance(model.language, type(published.language))
+
+
+SHARING = dataclasses.replace(
+    TINY,
+    vision=dataclasses.replace(VISION, patch_size=4),
+    codes=unified.CodesConfig(codebook=6, grid=2, levels=(2, 3)),
+    pool=2,
+)
+
+
+@torch.no_grad()
+def test_pooling_averages_squares_of_neighbouring_features() -> None:
+    net = unified.Unified(SHARING, generator=rng.generator(0, "init")).eval()
+    assert net.layout().features == 4
+    images = pixels(2)
+    squares = net.vision(images).view(2, 2, 2, 2, 2, -1).mean((2, 4))
+    torch.testing.assert_close(net.features(images), net.connector(squares.flatten(1, 2)))
+
+
+@torch.no_grad()
+def test_codes_that_agree_in_a_channel_share_its_part() -> None:
+    codes = unified.ImageCodes(SHARING.codes, 8).init_(rng.generator(0, "init"))
+    codes.embedding.weight.zero_()
+    codes.position.weight.zero_()
+    # Codes are (first channel, second channel): 0 = (0, 0), 1 = (1, 0), 2 = (0, 1), 3 = (1, 1); 6 is the masked code.
+    a, b, c, d = codes.embed(torch.tensor([0, 1, 2, 3]))
+    torch.testing.assert_close(b - a, d - c)
+    assert not torch.allclose(a, b)
+    assert not codes.embed(torch.tensor([6, 6, 6, 6])).any()
+    logits = codes(torch.randn(5, 8, generator=rng.generator(1, "hidden")))
+    torch.testing.assert_close(logits[:, 1] - logits[:, 0], logits[:, 3] - logits[:, 2])
+    codes.head.weight[3, 0] = 1.0  # what is one code's own comes on top
+    changed = codes(torch.randn(5, 8, generator=rng.generator(1, "hidden")))
+    assert torch.equal(changed[:, :3], logits[:, :3])
+    assert not torch.allclose(changed[:, 3], logits[:, 3])
+
+
+@torch.no_grad()
+def test_a_model_that_pools_and_shares_survives_saving(tmp_path: Path) -> None:
+    net = unified.Unified(SHARING, generator=rng.generator(0, "init")).eval()
+    net.save_pretrained(tmp_path)
+    loaded = unified.Unified.from_pretrained(tmp_path)
+    hidden = torch.randn(3, LANGUAGE.width, generator=rng.generator(2, "hidden"))
+    assert torch.equal(loaded.code_head(hidden), net.code_head(hidden))
+    assert torch.equal(loaded.to(torch.bfloat16).codes.digits.float(), net.codes.digits)
+
+
+def test_sizes_of_codes_and_pooling_are_checked() -> None:
+    with pytest.raises(ConfigError, match="make 6 codes, not 7"):
+        unified.CodesConfig(codebook=7, grid=2, levels=(2, 3))
+    with pytest.raises(ConfigError, match="pool 3 does not divide"):
+        dataclasses.replace(SHARING, pool=3)
+    with pytest.raises(ConfigError, match="exclude each other"):
+        dataclasses.replace(SHARING, tiling=Tiling())
