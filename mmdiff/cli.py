@@ -29,6 +29,7 @@ COMMANDS = {
     "ask": "mmdiff.commands.ask:ask",
     "chat": "mmdiff.commands.chat:chat",
     "generate": "mmdiff.commands.generate:generate",
+    "ui": "mmdiff.commands.ui:ui",
     "sample": "mmdiff.commands.sample:sample",
     "data": "mmdiff.commands.data:app",
     "eval": "mmdiff.commands.eval:app",

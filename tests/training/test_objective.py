@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from mmdiff import rng
 from mmdiff.batch import IGNORE, Batch, Example, collate
 from mmdiff.diffusion.objectives import chunked_cross_entropy
+from mmdiff.errors import ConfigError
 from mmdiff.models import llada, unified, vision
 from mmdiff.training.objective import Masked
 
@@ -128,3 +129,34 @@ def test_chunks_do_not_change_the_loss_or_its_gradient() -> None:
     torch.testing.assert_close(
         torch.autograd.grad(parts.sum(), hidden)[0], torch.autograd.grad(whole.sum(), hidden)[0], atol=1e-6, rtol=1e-5
     )
+
+
+def test_complementary_copies_learn_every_answer_token_once_and_without_weights() -> None:
+    rows = collate([text([9, 10, 2, 1], [1.0] * 4), text([11, 12, 2], [1.0] * 3)])
+    spec, generator = Masked(complementary=True, masking="independent"), rng.generator(0, "objective")
+    losses = spec(MODEL, rows, generator)
+    g = rng.generator(0, "objective")
+    t, _ = rng.uniform(g, (2, 2))
+    u = rng.uniform(g, rows.ids.shape)
+    t = ((t[0] + torch.arange(2) / 2) % 1)[rng.permutation(g, 1, 2)[0]]
+    labelled = rows.labels != IGNORE
+    first = (u < ((1 - 1e-3) * t + 1e-3)[:, None]) & labelled
+    entropies = []
+    for masked in (first, labelled & ~first):
+        ids = rows.ids.masked_fill(masked, 3)
+        hidden = MODEL.hidden(embeds=MODEL.embed_slots(ids), valid=rows.valid)
+        entropies.append(F.cross_entropy(MODEL.text_head(hidden[masked]), rows.labels[masked], reduction="none"))
+    both = torch.cat(entropies)
+    assert len(both) == int(labelled.sum())
+    torch.testing.assert_close(losses.total, both.mean(), atol=1e-5, rtol=1e-5)
+
+
+def test_complementary_masking_is_refused_for_image_codes() -> None:
+    with pytest.raises(ConfigError, match="for answers in text"):
+        Masked(complementary=True)(MODEL, batch(), rng.generator(0, "objective"))
+
+
+def test_times_of_a_whole_step_cover_the_unit_interval_evenly() -> None:
+    times = Masked().times(8, rng.generator(0, "times"))
+    assert sorted((times * 8).long().tolist()) == list(range(8))
+    assert Masked(stratified=False).times(8, rng.generator(0, "times")) is None
