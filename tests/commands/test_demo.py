@@ -25,6 +25,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stages, "_planned", lambda state, name: SAMPLES[name])
     monkeypatch.setattr(evaluation, "QUESTIONS_PER_KIND", 2)
     monkeypatch.setattr(evaluation, "PROMPTS_PER_SPLIT", 12)
+    monkeypatch.setattr(evaluation, "PICTURES_PER_PROMPT", 2)
     monkeypatch.setattr(evaluation, "CLASS_COLUMNS", 1)
     monkeypatch.setattr(evaluation, "SHOWN_PER_SPLIT", 4)
     monkeypatch.setattr(evaluation, "TONED_PER_SPLIT", 6)
