@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import torch
 from torch.nn import functional as F
@@ -78,29 +78,24 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
     ids = labels.masked_fill(masked, model.config.mask_id)
     for parameter in model.parameters():  # gradients exist in every real step but the first
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-    before, seconds, loss = resident(), [], torch.zeros(())
+    before, seconds, loss = status("VmRSS"), [], torch.zeros(())
     for _ in range(options.repeats):
         start = time.perf_counter()
         loss = SIDES[options.side](model, ids, labels, masked, p)
         loss.backward()
         seconds.append(time.perf_counter() - start)
     return {
-        "extra_mib": (peak() - before) / 2**20,
+        "extra_mib": (status("VmHWM") - before) / 2**20,
         "seconds": statistics.median(seconds[1:] or seconds),
         "loss": float(loss.detach()),
         "masked": int(masked.sum()),
     }
 
 
-def resident() -> int:
-    """Bytes of memory this process holds now."""
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * resource.getpagesize()
-
-
-def peak() -> int:
-    """The most bytes it ever held."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def status(field: str) -> int:
+    """Bytes that the kernel tells of this process; what getrusage tells as its peak may be its parent's."""
+    lines = Path("/proc/self/status").read_text("ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
 def main() -> None:

@@ -53,19 +53,21 @@ def measured(checkpointing: bool) -> int:
 
 
 def peak_of_a_step(checkpointing: bool) -> int:
-    import resource
-
     torch.set_num_threads(1)
     tiny = llada_v.Config(language=LANGUAGE.with_width(64).with_depth(1), vision=TOWER)
     config = TrainConfig(samples=1, gradient_checkpointing=checkpointing)
     # The first step of a process loads libraries.
     estimate(build(tiny, generator=torch.Generator().manual_seed(0)), Masked(), one(tiny, 16, 8), config)
     model = build(SMALL, generator=torch.Generator().manual_seed(0))
-    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    before = status("VmRSS")
     estimate(model, Masked(masking="independent"), one(SMALL, 1500, 200), config)
-    # Not ru_maxrss, which begins at the resident memory of the process that started this one.
-    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(peak.split()[1]) * 1024 - before
+    return status("VmHWM") - before
+
+
+def status(field: str) -> int:
+    """Bytes that the kernel tells of this process; what getrusage tells as its peak may be its parent's."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
