@@ -1,4 +1,4 @@
-"""Shards with image codes: every image is encoded once, by a callable that is handed in, and the codes are packed.
+"""Shards with encoded images: every image is encoded once, by a callable that is handed in, and the result is packed.
 
 No network is known here. Reading codes back is the tasks' business.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from mmdiff.errors import ConfigError, SampleError, ShardError
@@ -30,7 +30,16 @@ __all__ = ["CACHE_FILE", "CacheReport", "cache"]
 CACHE_FILE = "cache.json"
 """File beside cached shards that says what encoded them."""
 
-Encode = Callable[[Float[Tensor, "B 3 S S"]], Int[Tensor, "B h w"]]
+Encode = Callable[[Float[Tensor, "B 3 S S"]], Tensor]
+"""Pixels to integer codes [B, h, w], or to float latents or moments [B, C, h, w]."""
+
+
+@dataclass(frozen=True)
+class _Members:
+    """What is added to a sample."""
+
+    name: str
+    flips: bool
 
 
 @dataclass(frozen=True)
@@ -59,21 +68,25 @@ def cache(
     identity: str,
     *,
     fit: Fit = "square",
+    member: str = "codes",
+    flips: bool = False,
     name: str = "cached",
     samples_per_shard: int = 2000,
     max_skip_fraction: float = 0.001,
     progress: Callable[[Iterable[Sample]], Iterable[Sample]] = lambda samples: samples,
 ) -> CacheReport:
-    """Copy shards, adding the member ``codes.npy`` to every sample.
+    """Copy shards, adding a member such as ``codes.npy`` to every sample.
 
     Args:
         shards: Shards to read, as `source.open_shards` takes them.
         out: Folder for the new shards and `CACHE_FILE`.
-        encode: Float32 [B, 3, S, S] in [-1, 1] to integer codes [B, h, w].
+        encode: Float32 [B, 3, S, S] in [-1, 1] to integer codes [B, h, w], or floats [B, C, h, w].
         image_size: S.
         batch: B.
         identity: Names the encoder, such as a hash of its weights; written to `CACHE_FILE`.
         fit: How a rectangle becomes a square.
+        member: Name of the new member: ``codes`` (integers), ``latents`` or ``moments`` (floats).
+        flips: Also encode the mirrored image, as the member with ``_flip`` behind its name.
         name: First part of the new shards' names.
         samples_per_shard: Samples per new shard.
         max_skip_fraction: Larger fractions of unusable samples raise.
@@ -91,7 +104,7 @@ def cache(
     skipped: Counter[str] = Counter()
     grid: list[tuple[int, int]] = []
     samples = progress(_usable(names, skipped))
-    rows = _encoded(samples, encode, Pixels(image_size, fit), batch, skipped, grid)
+    rows = _encoded(samples, encode, Pixels(image_size, fit), batch, skipped, grid, _Members(member, flips))
     counted = Counter[str]()
     written = write_shards(_count(rows, counted), folder, name, samples_per_shard)
     total = counted["samples"] + sum(skipped.values())
@@ -120,6 +133,7 @@ def _encoded(
     batch: int,
     skipped: Counter[str],
     grid: list[tuple[int, int]],
+    members: _Members,
 ) -> Iterator[tuple[str, Mapping[str, bytes]]]:
     pending: list[tuple[Sample, Tensor]] = []
     unused = torch.Generator()  # without augmentation nothing is drawn
@@ -129,30 +143,40 @@ def _encoded(
         except SampleError as error:
             skipped[error.reason] += 1
         if len(pending) == batch:
-            yield from _flush(pending, encode, grid)
+            yield from _flush(pending, encode, grid, members)
             pending = []
     if pending:
-        yield from _flush(pending, encode, grid)
+        yield from _flush(pending, encode, grid, members)
 
 
 def _flush(
-    pending: Sequence[tuple[Sample, Tensor]], encode: Encode, grid: list[tuple[int, int]]
+    pending: Sequence[tuple[Sample, Tensor]], encode: Encode, grid: list[tuple[int, int]], members: _Members
 ) -> Iterator[tuple[str, Mapping[str, bytes]]]:
+    pixels = torch.stack([p for _, p in pending])
+    found = {f"{members.name}.npy": _encode(encode, pixels, members.name)}
+    if members.flips:
+        found[f"{members.name}_flip.npy"] = _encode(encode, pixels.flip(-1), members.name)
+    first = next(iter(found.values()))
+    grid[:] = [(first.shape[-2], first.shape[-1])]
+    for i, (sample, _) in enumerate(pending):
+        yield sample.key, {**sample.members, **{name: _npy(values[i]) for name, values in found.items()}}
+
+
+def _encode(encode: Encode, pixels: Tensor, member: str) -> np.ndarray:
     with torch.inference_mode():
-        codes = encode(torch.stack([p for _, p in pending])).cpu()
-    if codes.dim() != 3 or len(codes) != len(pending) or codes.is_floating_point():
-        raise ConfigError(
-            f"encode returned {codes.dtype} {tuple(codes.shape)}; expected integers [{len(pending)}, h, w]"
-        )
-    grid[:] = [(codes.shape[1], codes.shape[2])]
-    for (sample, _), row in zip(pending, codes.numpy(), strict=True):
-        yield sample.key, {**sample.members, "codes.npy": _npy(row)}
+        values = encode(pixels).cpu()
+    integers = member == "codes"
+    if values.dim() != (3 if integers else 4) or len(values) != len(pixels) or values.is_floating_point() == integers:
+        want = "integers [B, h, w]" if integers else "floats [B, C, h, w]"
+        raise ConfigError(f"encode returned {values.dtype} {tuple(values.shape)}; expected {want} for {len(pixels)}")
+    return values.numpy() if integers else values.float().numpy()
 
 
-def _npy(codes: np.ndarray) -> bytes:
+def _npy(values: np.ndarray) -> bytes:
     stream = io.BytesIO()
-    small = codes.astype(np.int16 if codes.max(initial=0) < 2**15 else np.int32)
-    np.lib.format.write_array(stream, np.ascontiguousarray(small), version=(1, 0), allow_pickle=False)
+    if values.dtype.kind != "f":
+        values = values.astype(np.int16 if values.max(initial=0) < 2**15 else np.int32)
+    np.lib.format.write_array(stream, np.ascontiguousarray(values), version=(1, 0), allow_pickle=False)
     return stream.getvalue()
 
 

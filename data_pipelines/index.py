@@ -35,7 +35,8 @@ __all__ = [
     "write_index",
 ]
 
-SUFFIXES = ("codes.npy", "jpg", "jpeg", "png", "webp", "gif", "bmp", "json", "txt", "cls", "npy")
+_ENCODED = tuple(f"{kind}{mirror}.npy" for kind in ("codes", "latents", "moments") for mirror in ("", "_flip"))
+SUFFIXES = (*_ENCODED, "jpg", "jpeg", "png", "webp", "gif", "bmp", "json", "txt", "cls", "npy")
 """Suffixes that name a member of a sample; whatever stands before one is the key, dots included."""
 
 _FORMAT = "mmdiff-shard-index"

@@ -13,6 +13,7 @@ __all__ = [
     "ChatConfig",
     "ClassToImageConfig",
     "ImageConfig",
+    "LatentConfig",
     "PairConfig",
     "TaskConfig",
     "TextConfig",
@@ -198,6 +199,22 @@ class TextConfig:
     """Ids of an example; of a longer text a window is drawn."""
 
 
+@config
+class LatentConfig:
+    """Class number and the encoded image, for class-conditional image models; needs ``mmdiff data cache``."""
+
+    type: Literal["latent"] = "latent"
+    """Tag."""
+    weight: _Weight = 1
+    """Share of the source's turns, as an integer."""
+    field: str = "concept"
+    """JSON field with the name of the class, for samples without a number in a ``.cls`` member."""
+    classes: tuple[str, ...] = ()
+    """Names by number, for ``field``."""
+    flip: bool = True
+    """Take the mirrored image half of the time, where the cache holds it."""
+
+
 TaskConfig = Annotated[
     ImageConfig
     | PairConfig
@@ -206,7 +223,8 @@ TaskConfig = Annotated[
     | ChatConfig
     | TextToImageConfig
     | ClassToImageConfig
-    | TextConfig,
+    | TextConfig
+    | LatentConfig,
     Field(discriminator="type"),
 ]
 """Any of the tasks."""

@@ -9,8 +9,6 @@ A sample's JSON may hold ``caption`` (text), ``captions`` (list of texts), ``con
 
 from __future__ import annotations
 
-import io
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -23,6 +21,7 @@ from mmdiff.errors import ConfigError, SampleError
 from mmdiff.text import Tokenizer, from_llava
 
 from .conversations import read_conversation
+from .latents import LatentTask, read_array
 from .pictures import Picture, Pictures
 from .reader import Sample
 from .transforms import PixelCache
@@ -46,6 +45,8 @@ def build_task(options: Any, tokenizer: Tokenizer | None, layout: Layout, cache:
         ConfigError: The task needs a tokenizer, image slots or image codes that are not there.
     """
     kind = options.type
+    if kind == "latent":
+        return LatentTask(options, layout)
     if tokenizer is None and kind != "image":
         raise ConfigError(f"task {kind!r}: needs a tokenizer; set tokenizer: in the configuration")
     if tokenizer is not None and kind not in ("image", "pair") and tokenizer.vocab_size > layout.vocab_size:
@@ -316,8 +317,8 @@ def _codes(sample: Sample, layout: Layout) -> np.ndarray:
     data = sample.members.get("codes.npy")
     if data is None:
         raise SampleError("missing_codes", f"{sample}: no member codes.npy; run mmdiff data cache on these shards")
-    codes = _array(data)
-    if codes is None:
+    codes = read_array(data, _MAX_CODES_BYTES)
+    if codes is None or codes.dtype.kind not in "iu":
         raise SampleError("bad_codes", f"{sample}: codes.npy is not an array of integers")
     if codes.size != layout.codes:
         raise SampleError(
@@ -328,18 +329,3 @@ def _codes(sample: Sample, layout: Layout) -> np.ndarray:
     if codes.min() < 0 or codes.max() >= layout.codebook:
         raise SampleError("bad_codes", f"{sample}: codes {codes.min()} to {codes.max()}, codebook {layout.codebook:,}")
     return codes.astype(np.int64).reshape(-1)
-
-
-def _array(data: bytes) -> np.ndarray | None:
-    """A small integer array in numpy's format; the header is checked before anything of its size is made."""
-    stream = io.BytesIO(data[:_MAX_CODES_BYTES])
-    try:
-        if np.lib.format.read_magic(stream) != (1, 0):
-            return None
-        shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream, max_header_size=1000)
-        body = stream.read()
-        if dtype.kind not in "iu" or fortran or not body or math.prod(shape) * dtype.itemsize != len(body):
-            return None
-        return np.frombuffer(body, dtype=dtype).reshape(shape)
-    except (ValueError, SyntaxError, TypeError, KeyError, EOFError, RecursionError, MemoryError):
-        return None

@@ -37,6 +37,8 @@ class Layout:
         image_size: Side of the square input of the vision tower, pixels.
         codes: Image tokens per image, 0 if the model does not draw.
         codebook: K, number of image codes.
+        latents: (C, h, w) of the latents of a model with continuous image tokens; empty for others.
+        classes: Number of classes of a class-conditional model, 0 for others.
         tiling: How pictures become crops, an `mmdiff.images.Tiling`; None: every picture is one square.
         system: System message of conversations that have none of their own.
     """
@@ -46,6 +48,8 @@ class Layout:
     image_size: int = 64
     codes: int = 0
     codebook: int = 0
+    latents: tuple[int, ...] = ()
+    classes: int = 0
     tiling: Any = None
     system: str = ""
 
@@ -72,6 +76,8 @@ class Example:
         weights: Float32 [L]; weight of a labelled position in the loss.
         droppable: Bool [L]; prompt positions that are masked when the condition is dropped (for guidance).
         pixels: Float32 [M, 3, S, S] in [-1, 1]: the images of the `IMAGE` slots, in order, or the image to learn.
+        latents: Float32 [C, h, w], or int64 codes [1, h, w]: the image of a class-conditional model, encoded.
+        cls: Number of the image's class; None if it has none.
         images: `mmdiff.images.Crops` of each image of the `IMAGE` slots instead, for models with a tiling.
     """
 
@@ -82,6 +88,8 @@ class Example:
     weights: Float[Tensor, "L"]
     droppable: Bool[Tensor, "L"]
     pixels: Float[Tensor, "M 3 S S"] | None = None
+    latents: Tensor | None = None
+    cls: int | None = None
     images: tuple[Any, ...] = ()
 
 
@@ -98,6 +106,8 @@ class Batch:
         droppable: Bool [B, L].
         valid: Bool [B, L]; True = real slot.
         pixels: Float32 [M, 3, S, S], the images of all rows in order; None if there are none.
+        latents: Float32 [B, C, h, w] or int64 [B, 1, h, w], the encoded images; None if there are none.
+        classes: Int64 [B], numbers of their classes; None if there are none.
         images: Per row its images as `mmdiff.images.Crops`, instead of ``pixels``; empty if there are none at all.
         t: Float32 [B], times of the rows if they were drawn for a whole step; None if the objective draws them.
     """
@@ -110,6 +120,8 @@ class Batch:
     droppable: Bool[Tensor, "B L"]
     valid: Bool[Tensor, "B L"]
     pixels: Float[Tensor, "M 3 S S"] | None = None
+    latents: Tensor | None = None
+    classes: Int[Tensor, "B"] | None = None
     images: tuple[tuple[Any, ...], ...] = ()
     t: Float[Tensor, "B"] | None = None
 
@@ -135,6 +147,8 @@ def collate(examples: Sequence[Example]) -> Batch:
         return out
 
     pixels = [e.pixels for e in examples if e.pixels is not None]
+    latents = [e.latents for e in examples if e.latents is not None]
+    classes = [e.cls for e in examples if e.cls is not None]
     return Batch(
         keys=tuple(e.key for e in examples),
         tasks=tuple(e.task for e in examples),
@@ -144,6 +158,8 @@ def collate(examples: Sequence[Example]) -> Batch:
         droppable=stack([e.droppable for e in examples], False),
         valid=stack([torch.ones(len(e.ids), dtype=torch.bool) for e in examples], False),
         pixels=torch.cat(pixels) if pixels else None,
+        latents=torch.stack(latents) if latents else None,
+        classes=torch.tensor(classes) if classes else None,
         images=tuple(e.images for e in examples) if any(e.images for e in examples) else (),
     )
 

@@ -36,6 +36,7 @@ __all__ = [
     "read_yaml",
     "recipes",
     "to_dict",
+    "value_of",
 ]
 
 T = TypeVar("T")
@@ -110,6 +111,18 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: holds {type(tree).__name__}, expected a mapping of keys to values")
     return tree
+
+
+def value_of(text: str) -> Any:
+    """One YAML 1.2 value, as in an override.
+
+    Raises:
+        ConfigError: It is none.
+    """
+    try:
+        return _yaml(text)
+    except ValueError as error:
+        raise ConfigError(f"{text!r}: {error}") from None
 
 
 def to_dict(value: Any) -> Any:

@@ -8,12 +8,26 @@ depend on the other rows.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["Source", "Tape", "derive", "generator", "gumbel", "normal", "permutation", "restore", "state", "uniform"]
+__all__ = [
+    "Source",
+    "Tape",
+    "derive",
+    "generator",
+    "gumbel",
+    "integer",
+    "normal",
+    "permutation",
+    "restore",
+    "shuffles",
+    "state",
+    "uniform",
+]
 
 
 def derive(seed: int, *stream: str | int) -> int:
@@ -94,6 +108,29 @@ def gumbel(source: Source, shape: Sequence[int], *, device: torch.device | str |
 def permutation(source: Source, rows: int, n: int, *, device: torch.device | str | None = None) -> Tensor:
     """One random permutation of 0..n-1 per row, int64 [rows, n] (by sorting `uniform` draws)."""
     return uniform(source, (rows, n), device=device).argsort(dim=-1, stable=True)
+
+
+def shuffles(source: Source, rows: int, n: int) -> Tensor:
+    """One random permutation of 0..n-1 per row, int64 [rows, n], drawn as ``torch.randperm`` does.
+
+    `permutation` is the same in distribution; this one replays code that calls ``torch.randperm`` row by row. A tape
+    holds the permutations themselves.
+    """
+
+    def draw(shape: Sequence[int], *, generator: torch.Generator, device: torch.device) -> Tensor:
+        rows = [torch.randperm(shape[-1], generator=generator, device=device) for _ in range(math.prod(shape[:-1]))]
+        return torch.stack(rows).view(*shape) if rows else torch.empty(*shape, dtype=torch.long, device=device)
+
+    return _draw(draw, source, (rows, n), None)
+
+
+def integer(source: Source, high: int) -> int:
+    """A random integer from 0 to ``high`` - 1, drawn as ``torch.randint`` does; a tape holds it as a tensor [1]."""
+
+    def draw(shape: Sequence[int], *, generator: torch.Generator, device: torch.device) -> Tensor:
+        return torch.randint(high, tuple(shape), generator=generator, device=device)
+
+    return int(_draw(draw, source, (1,), None))
 
 
 def state(gen: torch.Generator) -> list[int]:

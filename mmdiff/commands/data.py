@@ -117,14 +117,15 @@ def stats(shards: _SHARDS, as_json: _JSON = False) -> None:
 @app.command()
 def cache(
     shards: _SHARDS,
-    encoder: Annotated[Path, typer.Option("--encoder", help="Image tokenizer: a model folder of family vq.")],
+    encoder: Annotated[Path, typer.Option("--encoder", help="Image tokenizer or autoencoder: a model.")],
     out: Annotated[Path, typer.Option("--out", help="Folder for the new shards.")],
     batch: Annotated[int, typer.Option(min=1, help="Images per pass.")] = 64,
     fit: Annotated[str, typer.Option(help="How rectangles become squares: square, crop or pad.")] = "square",
+    flips: Annotated[bool, typer.Option("--flips", help="Also encode mirrored images.")] = False,
     device: Annotated[str, typer.Option(help="Where the encoder runs.")] = "cpu",
     as_json: _JSON = False,
 ) -> None:
-    """Encode every image once and write shards that hold the codes too."""
+    """Encode every image once and write shards that hold codes, latents or moments too."""
     from data_pipelines.cache import cache as write_codes
     from mmdiff.models.registry import load_model
 
@@ -137,17 +138,28 @@ def cache(
         )
     model.eval()
 
+    member, how_to = _encoding(model)
+
     def encode(pixels: Tensor) -> Tensor:
-        return model.encode(pixels.to(device))
+        return how_to(pixels.to(device))
 
     how = cast(Literal["square", "crop", "pad"], fit)
     report = write_codes(
-        shards, out, encode, model.config.image_size, batch, _identity(encoder), fit=how, progress=_bar
+        shards,
+        out,
+        encode,
+        model.config.image_size,
+        batch,
+        identity_of(encoder),
+        fit=how,
+        member=member,
+        flips=flips,
+        progress=_bar,
     )
     result = {**dataclasses.asdict(report), "shards": [str(s) for s in report.shards]}
     rows, columns = report.grid
     skipped = sum(report.skipped.values())
-    text = f"{report.samples:,} samples with {rows}x{columns} codes in {out}, {skipped:,} left out"
+    text = f"{report.samples:,} samples with {rows}x{columns} {member} in {out}, {skipped:,} left out"
     typer.echo(json.dumps(result) if as_json else text)
 
 
@@ -182,12 +194,34 @@ def _print(report: Any, as_json: bool) -> None:
     typer.echo(json.dumps(tree, default=str))
 
 
-def _identity(folder: Path) -> str:
+def _encoding(model: Any) -> tuple[str, Any]:
+    """What an encoder makes of images: the member's name, and the function.
+
+    Moments are stored in the scale of the image model: training then needs no constant of the autoencoder.
+    """
+    import math
+
+    import torch
+
+    if hasattr(model, "codebook"):
+        return "codes", model.encode
+    if not hasattr(model, "moments"):
+        return "latents", model.encode
+
+    def scaled(pixels: Tensor) -> Tensor:
+        mean, log_variance = model.moments(pixels).chunk(2, dim=1)
+        scale = model.config.scale
+        return torch.cat((mean * scale, log_variance.clamp(-30, 20) + 2 * math.log(scale)), dim=1)
+
+    return "moments", scaled
+
+
+def identity_of(folder: Path) -> str:
     """A hash of the encoder's weights, so that codes can be told apart later."""
     import hashlib
 
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in [folder] if folder.is_file() else sorted(folder.glob("*.safetensors")):
         with path.open("rb") as stream:
             while chunk := stream.read(1 << 20):
                 digest.update(chunk)

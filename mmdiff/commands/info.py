@@ -42,12 +42,15 @@ def describe(path_or_id: str | Path) -> dict[str, Any]:
         CheckpointError: Missing, damaged, of no known family, or not fitting its configuration.
     """
     from mmdiff.io import hub
-    from mmdiff.io.checkpoint import read_tensors
+    from mmdiff.io.bare import guess
+    from mmdiff.io.checkpoint import find_root, read_tensors
     from mmdiff.io.folder import identify
 
     path = hub.resolve(path_or_id)
     if path.is_file() and not (path.parent / "config.json").is_file():
-        return {"path": str(path), **_weights(read_tensors(path).info)}
+        info = read_tensors(path, root=find_root(path)).info
+        if guess(info) is None:
+            return {"path": str(path), **_weights(info)}
     return _checkpoint(identify(path))
 
 

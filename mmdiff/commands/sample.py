@@ -23,6 +23,8 @@ from mmdiff.errors import EXIT_STOPPED, ConfigError, SampleError
 __all__ = ["Plan", "sample"]
 
 _SHARD = 1000
+_GRID = 8
+"""Rows of the picture of denoising steps."""
 _MANIFEST = "manifest.json"
 
 
@@ -36,6 +38,7 @@ class Plan:
         prompts: Texts, drawn in turn, instead of labels.
         seed0: Seed of picture 0.
         options: Generation words.
+        image_tokenizer: SHA-256 over the files of an image tokenizer that was named; None = the checkpoint's own.
         dtype: Precision of the weights; None = as stored.
         size: Side of the pictures, pixels.
     """
@@ -45,6 +48,7 @@ class Plan:
     prompts: list[str]
     seed0: int
     options: dict[str, Any]
+    image_tokenizer: str | None
     dtype: str | None
     size: int
 
@@ -60,7 +64,19 @@ def sample(
     out: Annotated[Path, typer.Option(help="Folder; an interrupted run goes on there.")],
     labels: Annotated[str | None, typer.Option(help="Class numbers such as 0-9,17; default all classes.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="Text file, one prompt per line, instead of labels.")] = None,
+    image_tokenizer: Annotated[
+        str | None, typer.Option(help="Image tokenizer or autoencoder, if the checkpoint's folder holds none.")
+    ] = None,
     npz: Annotated[bool, typer.Option("--npz", help="Also write OUT/samples.npz (arr_0 uint8, arr_1 labels).")] = False,
+    shards: Annotated[
+        bool, typer.Option("--shards", help="Also write OUT/shards/sample-00000.tar ... (png and cls members).")
+    ] = False,
+    grid: Annotated[
+        Path | None, typer.Option(help="Also write a picture of the denoising steps of the first 8 pictures.")
+    ] = None,
+    words: Annotated[
+        list[str] | None, typer.Option("--set", help="Further generation word, such as order=halton; repeatable.")
+    ] = None,
     seed0: Annotated[int, typer.Option(help="Seed of the first picture; picture i has seed0 + i.")] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Pictures per pass.")] = 32,
     preset: Preset = None,
@@ -75,16 +91,11 @@ def sample(
     from mmdiff.pipelines import ImageGenerator
 
     rank, world = rank_and_world()
-    generator = ImageGenerator.from_pretrained(model, device=device or local_device(), dtype=dtype)
-    plan = _plan(
-        model,
-        generator,
-        labels,
-        prompts,
-        seed0,
-        dtype,
-        said(preset=preset, num_inference_steps=steps, temperature=temperature, guidance=guidance),
+    generator = ImageGenerator.from_pretrained(
+        model, device=device or local_device(), dtype=dtype, image_tokenizer=image_tokenizer
     )
+    options = said(preset=preset, num_inference_steps=steps, temperature=temperature, guidance=guidance)
+    plan = _plan(model, generator, labels, prompts, seed0, dtype, image_tokenizer, options | _words(words or []))
     out.mkdir(parents=True, exist_ok=True)
     _agree(out / _MANIFEST, plan, num, main=rank == 0)
     start = time.perf_counter()
@@ -97,6 +108,10 @@ def sample(
         raise typer.Exit(EXIT_STOPPED) from None
     if npz:
         _pack(out, plan, num)
+    if shards:
+        _shards(out, plan, num)
+    if grid is not None and rank == 0:
+        _grid(generator, plan, grid, min(num, _GRID))
     result = {"out": str(out), "images": num, "drawn": len(todo), "seconds": round(time.perf_counter() - start, 3)}
     typer.echo(json.dumps(result) if as_json else str(out))
 
@@ -169,6 +184,7 @@ def _plan(
     prompts: Path | None,
     seed0: int,
     dtype: str | None,
+    image_tokenizer: str | None,
     options: dict[str, Any],
 ) -> Plan:
     if labels is not None and prompts is not None:
@@ -179,16 +195,30 @@ def _plan(
         texts = _read_prompts(prompts)
     else:
         generator.require("class_image")
-        numbers = _numbers(labels, len(generator.checkpoint.classes))
+        numbers = _numbers(labels, generator.classes)
     return Plan(
         checkpoint=digest(model),
         labels=numbers,
         prompts=texts,
         seed0=seed0,
         options=options,
+        image_tokenizer=None if image_tokenizer is None else digest(image_tokenizer),
         dtype=dtype,
         size=generator.checkpoint.image_tokenizer.config.image_size,
     )
+
+
+def _words(texts: Sequence[str]) -> dict[str, Any]:
+    """``word=value`` texts, values as in YAML."""
+    from mmdiff import config
+
+    out: dict[str, Any] = {}
+    for text in texts:
+        word, equals, value = text.partition("=")
+        if not equals or not word:
+            raise ConfigError(f"--set {text!r}: expected word=value, such as order=halton")
+        out[word] = config.value_of(value)
+    return out
 
 
 def _numbers(text: str | None, classes: int) -> list[int]:
@@ -255,6 +285,32 @@ def _pack(out: Path, plan: Plan, num: int) -> None:
     with draft.open("wb") as file:
         np.savez(file, **arrays)
     draft.replace(out / "samples.npz")
+
+
+def _shards(out: Path, plan: Plan, num: int) -> None:
+    """All pictures as webdataset shards."""
+    from data_pipelines.pack import write_shards
+
+    missing = [i for i in range(num) if not path_of(out, i).exists()]
+    if missing:
+        typer.echo(
+            f"{len(missing)} pictures of other processes are not there yet; --shards is left to the last", err=True
+        )
+        return
+
+    def rows() -> Iterator[tuple[str, dict[str, bytes]]]:
+        for i in range(num):
+            name = "cls" if plan.labels else "txt"
+            yield f"{i:06d}", {"png": path_of(out, i).read_bytes(), name: str(plan.subject(i)).encode()}
+
+    write_shards(rows(), out / "shards", "sample", _SHARD)
+
+
+def _grid(generator: Any, plan: Plan, path: Path, rows: int) -> None:
+    from mmdiff.images import encode_png
+
+    what: dict[str, Any] = {"labels" if plan.labels else "prompts": [plan.subject(i) for i in range(rows)]}
+    _write(path, encode_png(generator.denoising(**what, seeds=[plan.seed0 + i for i in range(rows)], **plan.options)))
 
 
 def _parts(items: Sequence[int], size: int) -> Iterator[list[int]]:

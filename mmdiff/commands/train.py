@@ -227,7 +227,7 @@ def _image_tokenizer(spec: RunConfig) -> Any:
     if spec.image_tokenizer is None:
         return None
     model = load_model(spec.image_tokenizer)
-    if not hasattr(model, "codebook"):
+    if not hasattr(model, "encode"):
         raise ConfigError(f"{spec.image_tokenizer}: a {type(model).__name__} is no image tokenizer")
     return model
 
@@ -351,12 +351,41 @@ def _check_images(spec: RunConfig, image_tokenizer: Any, layout: Layout) -> None
     """Find an image tokenizer that does not fit."""
     if image_tokenizer is None:
         return
+    _check_cache(spec)
+    if layout.latents:
+        c = image_tokenizer.config
+        if (getattr(c, "channels", None), getattr(c, "grid", None)) != layout.latents[:2]:
+            raise ConfigError(
+                f"image_tokenizer {spec.image_tokenizer} has other latents than the model, which draws "
+                f"{layout.latents[0]} channels of {layout.latents[1]} x {layout.latents[2]}"
+            )
+        return
+    if not hasattr(image_tokenizer, "codebook"):
+        raise ConfigError(f"{spec.image_tokenizer}: a {type(image_tokenizer).__name__} makes no codes")
     have = (image_tokenizer.grid**2, image_tokenizer.codebook)
     if have != (layout.codes, layout.codebook):
         raise ConfigError(
             f"image tokenizer {spec.image_tokenizer} makes {have[0]} tokens of {have[1]:,} codes, the model draws "
             f"{layout.codes} of {layout.codebook:,}; set the model's codes.grid and codes.codebook"
         )
+
+
+def _check_cache(spec: RunConfig) -> None:
+    """Refuse shards whose codes or latents another encoder made."""
+    from data_pipelines.cache import CACHE_FILE
+    from mmdiff.commands.data import identity_of
+    from mmdiff.io.atomic import load_json
+
+    mine = identity_of(Path(str(spec.image_tokenizer)))
+    for source in spec.data.sources:
+        for url in source.shards:
+            folder = Path(url) if Path(url).is_dir() else Path(url).parent
+            note = load_json(folder / CACHE_FILE) if (folder / CACHE_FILE).is_file() else {}
+            if note.get("encoder") not in (None, mine):
+                raise ConfigError(
+                    f"{folder}: was encoded by {note['encoder']}, but image_tokenizer {spec.image_tokenizer} is "
+                    f"{mine}; run mmdiff data cache again with this one, or name the other"
+                )
 
 
 def _objective(spec: RunConfig) -> Any:

@@ -113,7 +113,10 @@ def digest(model: str | Path) -> str:
 
     path, total = resolve(model), hashlib.sha256()
     folder = path if path.is_dir() else path.parent
-    for path in sorted(p for p in folder.rglob("*") if p.suffix in _PARTS and p.is_file()):
+    # A weight file that comes without a config.json is all there is to a checkpoint, whatever lies beside it.
+    bare = path.is_file() and not (folder / "config.json").is_file()
+    files = [path] if bare else sorted(p for p in folder.rglob("*") if p.suffix in _PARTS and p.is_file())
+    for path in files:
         if path.name != MANIFEST:
             with path.open("rb") as file:
                 total.update(f"{path.relative_to(folder).as_posix()} ".encode())

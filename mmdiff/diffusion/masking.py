@@ -12,12 +12,15 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mmdiff import rng
+
 __all__ = [
     "EPS",
     "dialogue_causal",
     "dialogue_turns",
     "exact_count_mask",
     "independent_mask",
+    "mar_mask",
     "mask_probability",
     "masked_share",
     "stratified_times",
@@ -71,6 +74,21 @@ def exact_count_mask(
     """Mask ceil(share * n) of a row's n maskable positions, at least one: those with the smallest u."""
     n = maskable.sum(1)
     return _smallest(torch.minimum((share * n).ceil().long().clamp_min(1), n), u, maskable)
+
+
+def mar_mask(batch: int, tokens: int, source: rng.Source) -> Bool[Tensor, "B N"]:
+    """MAR's training mask: ceil(N r) tokens of every row, r from a normal (mean 1, sd 0.25) cut to [0.7, 1].
+
+    One r for the batch, other places in each row, as published.
+
+    Source: MAR (arXiv 2406.11838), published training code.
+    """
+    normal = torch.distributions.Normal(1.0, 0.25)
+    low, high = normal.cdf(torch.tensor([0.7, 1.0])).tolist()
+    u = low + (high - low) * rng.uniform(source, (1,))
+    count = (tokens * normal.icdf(u).clamp(0.7, 1.0)).ceil().long().expand(batch)
+    order = rng.permutation(source, batch, tokens)
+    return order < count[:, None]
 
 
 def uniform_count_mask(

@@ -251,8 +251,9 @@ def _own_name(model: nn.Module, name: str) -> str:
     own = {n for n, _ in model.named_parameters()}
     if name in own:
         return name
-    family = getattr(getattr(model, "config", None), "type", None)
-    renamed = (layout.keys.forward(name) for layout in LAYOUTS.values() if layout.family == family)
+    config: Any = getattr(model, "config", None)
+    family = getattr(config, "type", None)
+    maps = [layout.key_map(config) for layout in LAYOUTS.values() if layout.family == family]
     # peft leaves out the "model." that a wrapped class puts in front of its own.
-    also = (layout.keys.forward(f"model.{name}") for layout in LAYOUTS.values() if layout.family == family)
-    return next((n for n in (*renamed, *also) if n in own), name)
+    found = (keys.forward(given) for given in (name, f"model.{name}") for keys in maps)
+    return next((n for n in found if n in own), name)

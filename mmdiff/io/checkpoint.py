@@ -29,6 +29,7 @@ __all__ = [
     "MANIFEST",
     "TensorInfo",
     "Tensors",
+    "find_root",
     "load_json",
     "load_state",
     "match",
@@ -65,6 +66,25 @@ def read_tensors(path: str | Path, *, root: str | None = None) -> Tensors:
     if path.suffix.lower() in PICKLES:
         return _read_pickle(path, root)
     return open_files([path])
+
+
+_ROOTS = ("model_ema", "model_state_dict", "state_dict", "model")
+"""Where published image models keep their weights, the averaged ones first."""
+
+
+def find_root(path: str | Path) -> str | None:
+    """The dictionary of a PyTorch pickle that holds the weights to generate with; None if there is only one, or none.
+
+    Raises:
+        UnsafeFileError: The file asks to import code.
+        CheckpointError: It is damaged.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in PICKLES:
+        return None
+    tree = _load(path)
+    tables = tree if isinstance(tree, Mapping) else {}
+    return next((root for root in _ROOTS if isinstance(tables.get(root), Mapping)), None)
 
 
 def write_tensors(

@@ -17,10 +17,11 @@ from typing import Any
 from mmdiff.errors import CheckpointError, ConfigError
 from mmdiff.io import card, hub
 from mmdiff.io.atomic import MANIFEST, load_json, save_json, verify_manifest, write_manifest
-from mmdiff.io.checkpoint import read_tensors, write_sharded, write_tensors
+from mmdiff.io.bare import guess
+from mmdiff.io.checkpoint import find_root, read_tensors, write_sharded, write_tensors
 from mmdiff.io.folder import OURS, identify, open_checkpoint, special_ids, write_config
 from mmdiff.io.layouts import HOSTILE, LAYOUTS
-from mmdiff.io.tensors import PICKLES
+from mmdiff.io.tensors import PICKLES, Tensors
 from mmdiff.models.registry import Identity
 
 __all__ = ["Conversion", "convert"]
@@ -78,16 +79,16 @@ def convert(
         ConfigError: The destination is not empty, or the layout is not one of this family.
     """
     path = hub.resolve(src)
-    if path.is_file() and path.suffix.lower() in PICKLES:
+    if path.is_file() and path.suffix.lower() in PICKLES and not _is_published(path, Path(dst), root):
         return _convert_pickle(path, Path(dst), root)
     if (path / MANIFEST).is_file():
         verify_manifest(path)
-    identity = identify(path)
+    identity = identify(path, root=root)
     target = to or (_origin(path, identity.family) if identity.layout == OURS else OURS)
     _check_target(identity, target)
     ours = open_checkpoint(identity)
     out = _new_folder(Path(dst))
-    tensors = ours if target == OURS else ours.renamed({k: _published_key(target, k) for k in ours})
+    tensors = ours if target == OURS else _published_names(ours, target, identity.config)
     files = write_sharded(out, tensors, max_shard_bytes=max_shard_bytes)
     _copy_neighbours(path, out)
     _write_config(identity, target, path, out)
@@ -99,6 +100,13 @@ def convert(
         nbytes=tensors.nbytes,
         files=tuple(f.name for f in files),
     )
+
+
+def _is_published(path: Path, dst: Path, root: str | None) -> bool:
+    """Whether a PyTorch file that comes without a config.json is a whole checkpoint of a known network."""
+    if dst.suffix == ".safetensors" or (path.parent / "config.json").is_file():
+        return False
+    return guess(read_tensors(path, root=root or find_root(path)).info) is not None
 
 
 def _convert_pickle(path: Path, dst: Path, root: str | None) -> Conversion:
@@ -144,11 +152,17 @@ def _origin(folder: Path, family: str) -> str:
     return fitting[0]
 
 
-def _published_key(layout: str, key: str) -> str:
-    published = LAYOUTS[layout].keys.backward(key)
-    if published is None:
-        raise CheckpointError(f"{key} has no name in the layout {layout!r}")
-    return published
+def _published_names(ours: Tensors, layout: str, config: Any) -> Tensors:
+    """The tensors under their published names, those that are published twice included."""
+    keys, copies = LAYOUTS[layout].key_map(config), LAYOUTS[layout].copies(config)
+    names: dict[str, str] = {}
+    for key in ours:
+        published = keys.backward(key)
+        if published is None:
+            raise CheckpointError(f"{key} has no name in the layout {layout!r}")
+        names[published] = key
+    names |= copies
+    return Tensors({new: ours.info[old] for new, old in names.items()}, lambda new: ours[names[new]])
 
 
 def _write_config(identity: Identity, target: str, path: Path, out: Path) -> None:

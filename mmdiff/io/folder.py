@@ -27,7 +27,8 @@ from mmdiff import config as configs
 from mmdiff.errors import CheckpointError, ConfigError
 from mmdiff.io import card, hub
 from mmdiff.io.atomic import MANIFEST, load_json, save_json, save_text, verify_manifest, write_manifest
-from mmdiff.io.checkpoint import load_state, match, read_tensors, write_sharded
+from mmdiff.io.bare import GUESSED, guess
+from mmdiff.io.checkpoint import find_root, load_state, match, read_tensors, write_sharded
 from mmdiff.io.layouts import LAYOUTS, detect, hostile_fields
 from mmdiff.io.tensors import Tensors
 from mmdiff.models.base import PretrainedModule
@@ -52,18 +53,22 @@ OURS = "mmdiff"
 _CONFIG_BYTES = 4 << 20
 
 
-def identify(path: str | Path) -> Identity:
-    """Read the config.json of a checkpoint.
+def identify(path: str | Path, *, root: str | None = None) -> Identity:
+    """Read the config.json of a checkpoint, or the shapes of a published file that comes without one.
 
     Args:
-        path: A folder, or a weight file beside its config.json.
+        path: A folder, a weight file beside its config.json, or a published weight file alone.
+        root: For PyTorch pickles: where in the file the tensors are, such as ``"model_ema"``.
 
     Raises:
+        UnsafeFileError: The file asks to run code.
         CheckpointError: There is none, it is of no known family, or it asks for what our network cannot do.
     """
     path = Path(path)
     folder = path if path.is_dir() else path.parent
     file = folder / "config.json"
+    if not file.is_file() and path.is_file():
+        return _identify_bare(path, root)
     if not file.is_file():
         run = f"; did you mean {folder / 'model'}?" if (folder / "model" / "config.json").is_file() else ""
         raise CheckpointError(f"{folder}: holds no config.json, which says what network the weights belong to{run}")
@@ -76,7 +81,23 @@ def identify(path: str | Path) -> Identity:
         layout, family, config = _read_config(tree, folder)
     except (ConfigError, CheckpointError) as error:
         raise CheckpointError(f"{file}: {error}") from None
-    return Identity(path=path, family=family, layout=layout, config=config, tree=tree)
+    root = root or (find_root(path) if path.is_file() else None)
+    return Identity(path=path, family=family, layout=layout, config=config, tree=tree, root=root)
+
+
+def _identify_bare(path: Path, root: str | None) -> Identity:
+    root = root or find_root(path)
+    tree = guess(read_tensors(path, root=root).info)
+    if tree is None:
+        raise CheckpointError(
+            f"{path}: there is no config.json beside it, and its tensors are of no published network; known are "
+            f"{', '.join(GUESSED)}; write a config.json beside it"
+        )
+    try:
+        layout, family, config = _read_config(tree, path.parent)
+    except (ConfigError, CheckpointError) as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    return Identity(path=path, family=family, layout=layout, config=config, tree=tree, root=root)
 
 
 def load_model(
@@ -110,7 +131,7 @@ def load_model(
     path = hub.resolve(path_or_id, revision)
     if verify and (path / MANIFEST).is_file():
         verify_manifest(path)
-    identity = identify(path)
+    identity = identify(path, root=root)
     module = FAMILIES[identity.family].module
     if not issubclass(module, expected):
         raise CheckpointError(
@@ -133,7 +154,7 @@ def open_checkpoint(identity: Identity, *, root: str | None = None) -> Tensors:
     Raises:
         CheckpointError: Names or shapes do not fit the configuration; all are listed.
     """
-    tensors = read_tensors(identity.path, root=root)
+    tensors = read_tensors(identity.path, root=root or identity.root)
     layers = _layers(configs.to_dict(identity.config))
     if layers > len(tensors):
         raise CheckpointError(
@@ -144,7 +165,7 @@ def open_checkpoint(identity: Identity, *, root: str | None = None) -> Tensors:
     except RuntimeError as error:  # sizes whose product is beyond 64 bits
         raise CheckpointError(f"{identity.path}: config.json asks for sizes that no machine holds ({error})") from None
     layout = LAYOUTS.get(identity.layout)
-    rename = layout.keys.forward if layout else str
+    rename = layout.key_map(identity.config).forward if layout else str
     unused = layout.unused(identity.config) if layout else ()
     return tensors.renamed(match(skeleton, tensors.info, rename, unused, str(identity.path)))
 
@@ -241,7 +262,7 @@ def _read_config(tree: Mapping[str, Any], folder: Path) -> tuple[str, str, Any]:
     if layout is None:
         raise CheckpointError(
             f"model_type {tree.get('model_type')!r} with architectures {tree.get('architectures')!r} is not known; "
-            f"known are our own layout ({', '.join(FAMILIES)}) and the published ones of LLaDA, iLLaDA, LLaDA-V, SigLIP"
+            f"known are our own layout ({', '.join(FAMILIES)}) and the published ones ({', '.join(LAYOUTS)})"
         )
     return layout, LAYOUTS[layout].family, LAYOUTS[layout].read(tree, special_ids(folder))
 

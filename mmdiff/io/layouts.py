@@ -2,7 +2,8 @@
 
 Fields of a config.json that make other programs run code (`HOSTILE`) are looked at by nobody here.
 
-Source: the checkpoints' state dicts (LLaDA-8B, LLaDA-1.5, LLaDA-V, iLLaDA, SigLIP 2).
+Source: the checkpoints' state dicts (LLaDA-8B, LLaDA-1.5, LLaDA-V, iLLaDA, SigLIP 2; eMIGM, MAR, MaskGIT-pytorch,
+Halton-MaskGIT, taming-transformers, LlamaGen).
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mmdiff.io import published, published_diffusion, published_vision
+from mmdiff.io import published, published_diffusion, published_images, published_vision
 from mmdiff.io.keymap import KeyMap
-from mmdiff.models import llada, vision
+from mmdiff.models import emigm, llada, vision, vqgan
 
 __all__ = ["HOSTILE", "LAYOUTS", "Published", "detect", "hostile_fields"]
 
@@ -29,19 +30,25 @@ class Published:
 
     Attributes:
         family: Name in `mmdiff.models.registry.FAMILIES`.
-        keys: Published key <-> key of the module.
+        keys: Published key <-> key of the module; a function of the configuration where names depend on it.
         detect: Whether a config.json is of this layout.
         read: (config.json, id of each special spelling in the tokenizer) -> our configuration.
         write: Our configuration -> the fields of a config.json.
         unused: Regular expressions of published keys that hold nothing of their own.
+        copies: Published keys that repeat another tensor -> key of the module.
     """
 
     family: str
-    keys: KeyMap
+    keys: KeyMap | Callable[[Any], KeyMap]
     detect: Callable[[Tree], bool]
     read: Callable[[Tree, Mapping[str, int]], Any]
     write: Callable[[Any], dict[str, Any]]
     unused: Callable[[Any], tuple[str, ...]]
+    copies: Callable[[Any], dict[str, str]] = lambda config: {}
+
+    def key_map(self, config: Any) -> KeyMap:
+        """Published key <-> key of the module of that configuration."""
+        return self.keys if isinstance(self.keys, KeyMap) else self.keys(config)
 
 
 def detect(tree: Tree) -> str | None:
@@ -105,6 +112,39 @@ def _unused_llama(config: llada.Config) -> tuple[str, ...]:
     return (_ROTARY, r"lm_head\.weight") if config.tied else (_ROTARY,)
 
 
+_SAME = KeyMap(("{rest}", "{rest}"))
+"""Modules that keep the published names."""
+
+
+def _emigm_keys(config: emigm.Config) -> KeyMap:
+    """With one vector for both roles, the value under ``mask_token`` is the one published code evaluates with."""
+    return KeyMap(("mask_token", "fake_latent"), *_SAME.rules) if config.tied_null else _SAME
+
+
+_INNER = KeyMap(("{rest}", "net.{rest}"))
+"""Modules that hold the published network as a part."""
+
+
+def _llamagen_keys(config: vqgan.Config) -> KeyMap:
+    """LlamaGen counts the decoder's levels from the lowest resolution up, taming-transformers from the highest down."""
+    rules: list[tuple[str, str]] = []
+    last = len(config.multipliers) - 1
+    for side, ours in (("encoder", "down"), ("decoder", "up")):
+        rules += [(f"{side}.mid.{i}.{{rest}}", f"{side}.mid.{name}.{{rest}}") for i, name in enumerate(_MIDDLE)]
+        for level in range(last + 1):
+            mine = level if side == "encoder" else last - level
+            theirs = f"{side}.conv_blocks.{level}"
+            rules += [(f"{theirs}.res.{{rest}}", f"{side}.{ours}.{mine}.block.{{rest}}")]
+            rules += [(f"{theirs}.{{rest}}", f"{side}.{ours}.{mine}.{{rest}}")]
+    return KeyMap(*rules, *_SAME.rules)
+
+
+_MIDDLE = ("block_1", "attn_1", "block_2")
+
+_LOSSES = (r"loss\..*",)
+"""Discriminator and perceptual network of a training checkpoint."""
+
+
 def _unused_siglip(config: vision.Config) -> tuple[str, ...]:
     last = rf"vision_model\.encoder\.layers\.{config.depth}\..*"
     return (last, r"vision_model\.head\..*", r"text_model\..*", "logit_scale", "logit_bias")
@@ -134,6 +174,65 @@ LAYOUTS: dict[str, Published] = {
         read=published.read_llama,
         write=published.write_llama,
         unused=_unused_llama,
+    ),
+    "emigm": Published(
+        family="emigm",
+        keys=_emigm_keys,
+        detect=published_images.is_emigm,
+        read=published_images.read_emigm,
+        write=published_images.write_emigm,
+        unused=lambda config: ("fake_latent",) if config.tied_null else (),
+        copies=lambda config: {"fake_latent": "fake_latent"} if config.tied_null else {},
+    ),
+    "maskgit-v1": Published(
+        family="maskgit",
+        keys=_INNER,
+        detect=published_images.is_maskgit_v1,
+        read=published_images.read_maskgit_v1,
+        write=published_images.write_maskgit_v1,
+        unused=lambda config: (),
+    ),
+    "maskgit-v2": Published(
+        family="maskgit",
+        keys=_INNER,
+        detect=published_images.is_maskgit_v2,
+        read=published_images.read_maskgit_v2,
+        write=published_images.write_maskgit_v2,
+        unused=lambda config: (r"head\.weight",),
+        copies=lambda config: {"head.weight": "net.tok_emb.weight"},
+    ),
+    "kl16": Published(
+        family="kl_vae",
+        keys=_SAME,
+        detect=published_images.is_kl,
+        read=published_images.read_kl,
+        write=published_images.write_kl,
+        # LDM's file has attention in the decoder's levels, which MAR's code leaves out.
+        unused=lambda config: (*_LOSSES, r"decoder\.up\.\d+\.attn\..*"),
+    ),
+    "dc-ae": Published(
+        family="dc_ae",
+        keys=_INNER,
+        detect=published_images.is_dc_ae,
+        read=published_images.read_dc_ae,
+        write=published_images.write_dc_ae,
+        unused=lambda config: (),
+    ),
+    "taming": Published(
+        family="vqgan",
+        keys=_SAME,
+        detect=published_images.is_taming,
+        read=published_images.read_vqgan,
+        write=published_images.write_taming,
+        unused=lambda config: _LOSSES,
+    ),
+    "llamagen": Published(
+        family="vqgan",
+        keys=_llamagen_keys,
+        detect=published_images.is_llamagen,
+        read=published_images.read_vqgan,
+        write=published_images.write_llamagen,
+        unused=lambda config: (r"quantize\.codebook_used",),
     ),
     "siglip": Published(
         family="siglip",

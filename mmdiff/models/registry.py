@@ -16,7 +16,21 @@ from torch import nn
 
 from mmdiff.config import Field
 from mmdiff.errors import ConfigError
-from mmdiff.models import dit, llada, llada_v, masked_mmdit, mmdit, scorer, unified, vision, vq
+from mmdiff.models import (
+    dit,
+    emigm,
+    llada,
+    llada_v,
+    masked_mmdit,
+    maskgit,
+    mmdit,
+    scorer,
+    unified,
+    vae,
+    vision,
+    vq,
+    vqgan,
+)
 from mmdiff.models.base import PretrainedModule
 
 __all__ = [
@@ -57,7 +71,8 @@ class Identity:
         family: Name in `FAMILIES`.
         layout: ``"mmdiff"`` for ours, else a name in `mmdiff.io.layouts.LAYOUTS`.
         config: The network's configuration.
-        tree: The content of config.json.
+        tree: The content of config.json, or what the shapes of the tensors say in its place.
+        root: Where in a PyTorch file the tensors are; None = they are all there is.
     """
 
     path: Path
@@ -65,6 +80,7 @@ class Identity:
     layout: str
     config: Any
     tree: Mapping[str, Any]
+    root: str | None = None
 
 
 FAMILIES: dict[str, Family] = {
@@ -85,6 +101,25 @@ FAMILIES: dict[str, Family] = {
         config=vq.Config,
         module=vq.VQ,
         summary="discrete image tokenizer (finite scalar quantisation, arXiv 2309.15505)",
+    ),
+    "emigm": Family(
+        config=emigm.Config,
+        module=emigm.EMIGM,
+        summary="masked image generator over continuous tokens (eMIGM, arXiv 2503.07197; MAR, arXiv 2406.11838)",
+    ),
+    "maskgit": Family(
+        config=maskgit.Config,
+        module=maskgit.MaskGIT,
+        summary="masked image generator over discrete codes (MaskGIT, arXiv 2202.04200)",
+    ),
+    "kl_vae": Family(
+        config=vae.Config, module=vae.KLVAE, summary="continuous image autoencoder (KL-regularised, arXiv 2112.10752)"
+    ),
+    "dc_ae": Family(
+        config=vae.DCConfig, module=vae.DCAE, summary="deep-compression image autoencoder (DC-AE, arXiv 2410.10733)"
+    ),
+    "vqgan": Family(
+        config=vqgan.Config, module=vqgan.VQGAN, summary="discrete image tokenizer (VQGAN, arXiv 2012.09841)"
     ),
     "siglip": Family(
         config=vision.Config, module=vision.SiglipTower, summary="vision tower (SigLIP 2, arXiv 2502.14786)"
@@ -113,6 +148,11 @@ ModelConfig = Annotated[
     | llada_v.Config
     | unified.Config
     | vq.Config
+    | emigm.Config
+    | maskgit.Config
+    | vae.Config
+    | vae.DCConfig
+    | vqgan.Config
     | vision.Config
     | scorer.Config
     | dit.Config

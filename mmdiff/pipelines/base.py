@@ -26,11 +26,14 @@ __all__ = ["Checkpoint", "Pipeline", "load", "read_tokenizer"]
 P = TypeVar("P", bound="Pipeline")
 
 _GENERATION_FILE = "generation_config.json"
+_CLASS_FAMILIES = ("emigm", "maskgit")
+"""Families that draw classes by number."""
+
 _WHY_NOT = {
     "caption": "it has no vision tower",
     "ask": "it has no vision tower",
-    "text_image": "it has no image codes, or the folder has no image_tokenizer",
-    "class_image": "it does not draw, or the folder has no classes.json",
+    "text_image": "it has no image codes, or no image tokenizer (in the folder, or given as image_tokenizer=)",
+    "class_image": "it does not draw, or lacks an image tokenizer (give image_tokenizer=) or classes.json",
     "generate_text": "it has no text head or no tokenizer.json",
 }
 
@@ -77,6 +80,8 @@ class Checkpoint:
                 can |= {"caption", "ask"}
             if self.layout.codes and template and self.image_tokenizer is not None:
                 can |= {"text_image", "class_image"} if self.classes else {"text_image"}
+        if getattr(getattr(self.model, "config", None), "type", "") in _CLASS_FAMILIES and self.image_tokenizer:
+            can.add("class_image")
         return frozenset(can)
 
 
@@ -111,9 +116,10 @@ class Pipeline:
         quantize: str | None = None,
         adapter: str | Path | None = None,
         device_map: str | Mapping[str, Any] | None = None,
+        image_tokenizer: str | Path | None = None,
     ) -> P:
         """Load a checkpoint; arguments and errors as in `mmdiff.load`."""
-        loaded = load(path_or_id, device, dtype, quantize, adapter, device_map)
+        loaded = load(path_or_id, device, dtype, quantize, adapter, device_map, image_tokenizer=image_tokenizer)
         return cls(loaded.checkpoint)
 
     @property
@@ -211,6 +217,8 @@ def load(
     quantize: str | None = None,
     adapter: str | Path | None = None,
     device_map: str | Mapping[str, Any] | None = None,
+    *,
+    image_tokenizer: str | Path | None = None,
 ) -> Pipeline:
     """Load a checkpoint.
 
@@ -222,6 +230,7 @@ def load(
         adapter: Folder or hub id of a LoRA adapter in peft's layout; merged, or kept beside quantised weights.
         device_map: ``"auto"`` or ``"balanced"`` spreads the network over all accelerators, memory and disk; or a
             mapping from names of modules to devices. Instead of ``device``.
+        image_tokenizer: Image tokenizer or autoencoder of a checkpoint whose folder does not hold one.
 
     Raises:
         CheckpointError: Missing, damaged, of an unknown family, or an adapter that does not fit.
@@ -238,15 +247,20 @@ def load(
     model = load_variant(
         path, device=device, dtype=_dtype(dtype), quantize=quantize, adapter=adapter, device_map=device_map
     )
-    tokens, place = folder / "image_tokenizer", getattr(model, "main_device", device)
+    tokens, place = _image_tokenizer(folder, image_tokenizer), getattr(model, "main_device", device)
     checkpoint = Checkpoint(
         model=model.eval(),
         tokenizer=read_tokenizer(folder, model.config),
-        image_tokenizer=load_model(tokens, device=place).eval() if tokens.is_dir() else None,
+        image_tokenizer=None if tokens is None else load_model(tokens, device=place).eval(),
         classes=tuple(_read_json(folder / "classes.json", list)),
         defaults=_defaults(_read_json(folder / _GENERATION_FILE, dict)),
     )
     return Pipeline(checkpoint)
+
+
+def _image_tokenizer(folder: Path, given: str | Path | None) -> str | Path | None:
+    own = folder / "image_tokenizer"
+    return given if given is not None or not own.is_dir() else own
 
 
 def read_tokenizer(folder: Path, config: Any) -> Tokenizer | None:

@@ -13,11 +13,10 @@ from torch import Tensor
 
 from mmdiff.errors import ConfigError
 from mmdiff.images import to_pixels, to_uint8
-from mmdiff.pipelines.base import Pipeline
-from mmdiff.pipelines.prompts import tokenizer_of
+from mmdiff.pipelines.base import Checkpoint, Pipeline
+from mmdiff.pipelines.painters import painter_of
 from mmdiff.pipelines.words import Generators, ImageWords, report_steps, sources, with_defaults, zip_batches
-from mmdiff.sampling import Canvas, CodeBackbone, Decoded, decode, layout
-from mmdiff.sampling.presets import image_parts
+from mmdiff.sampling import Canvas, Decoded, decode
 from mmdiff.sampling.trace import Trace
 
 __all__ = ["ImageGenerator", "ImageOutput"]
@@ -29,7 +28,7 @@ class ImageOutput:
 
     Attributes:
         images: List of PIL images; ``"np"``: uint8 [B, S, S, 3]; ``"pt"``: float [B, 3, S, S] in [-1, 1];
-            ``"latent"``: int64 codes [B, h, w].
+            ``"latent"``: int64 codes [B, h, w], or float latents [B, C, h, w] of a network with continuous tokens.
         trace: What decoding cost.
     """
 
@@ -44,10 +43,19 @@ class ImageGenerator(Pipeline):
         checkpoint: The parts.
 
     Raises:
-        CheckpointError: It does not draw.
+        CheckpointError: It does not draw, or its image tokenizer is that of another network.
     """
 
-    needs = "text_image"
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        super().__init__(checkpoint)
+        self.require("class_image" if "class_image" in self.capabilities else "text_image")
+        self.painter = painter_of(checkpoint)
+
+    @property
+    def classes(self) -> int:
+        """Number of classes it can draw; 0 if it draws from texts only."""
+        own = getattr(self.checkpoint.model.config, "classes", None)
+        return own if isinstance(own, int) else len(self.checkpoint.classes)
 
     @torch.no_grad()
     def __call__(
@@ -69,22 +77,18 @@ class ImageGenerator(Pipeline):
             seeds: One per image; a single label or prompt is drawn once per seed. Default 0, 1, 2, ...
             generator: Instead of seeds: one generator per image.
             output_type: ``pil``, ``np``, ``pt`` or ``latent``.
-            **words: Options; see `mmdiff.sampling.presets.image_parts`.
+            **words: Options; see `mmdiff.sampling.presets.image_parts`, and for class-conditional networks
+                `mmdiff.sampling.image_presets`.
 
         Raises:
             ConfigError: Neither or both of labels and prompts, or options that contradict each other.
-            CheckpointError: Labels for a checkpoint without classes.
+            CheckpointError: Labels for a checkpoint without classes, or prompts for one without texts.
         """
-        if (labels is None) == (prompts is None):
-            raise ConfigError("give labels (class numbers) or prompts (texts), one of them")
-        if labels is not None:
-            self.require("class_image")
-            prompts = [self._name(v) for v in labels] if isinstance(labels, (list, tuple)) else self._name(labels)
-        texts, drawn = self._rows(prompts, seeds, generator)
-        shape = self.checkpoint.layout
-        rows = [[None] * shape.codes for _ in texts]
-        decoded = self._decode(self._canvas(texts, rows), drawn, words)
-        return ImageOutput(self._output(self._codes(decoded), output_type), decoded.trace)
+        subjects = self._subjects(labels, prompts)
+        rows, drawn = self._rows(subjects, seeds, generator, words.get("compat"))
+        open_ = torch.ones(len(rows), self.painter.grid**2, dtype=torch.bool)
+        decoded = self._decode(self.painter.canvas(rows, None, open_), drawn, words)
+        return ImageOutput(self._output(self.painter.result(decoded), output_type), decoded.trace)
 
     @torch.no_grad()
     def edit(
@@ -97,7 +101,7 @@ class ImageGenerator(Pipeline):
             mask: PIL image, array or tensor [H, W], True or bright = redraw; one, or one per image.
             prompt_or_label: Text or class number; one, or one per image.
             seed: One, or one per image.
-            **words: Options; see `mmdiff.sampling.presets.image_parts`.
+            **words: Options, as when calling.
 
         Returns:
             The image, or a list of images.
@@ -106,91 +110,126 @@ class ImageGenerator(Pipeline):
             ConfigError: A mask that marks nothing, or options that contradict each other.
         """
         items, many = zip_batches(image=image, mask=mask, prompt=prompt_or_label, seed=seed)
-        size, device = self.checkpoint.image_tokenizer.config.image_size, self.checkpoint.device
+        size, grid = self.checkpoint.image_tokenizer.config.image_size, self.painter.grid
         pixels = torch.stack([to_pixels(i, size) for i, *_ in items])
         redraw = torch.stack([_mask(m, size) for _, m, *_ in items])
-        grid, offset = self.checkpoint.image_tokenizer.grid, self.checkpoint.layout.code_offset
         cells = redraw.view(-1, grid, size // grid, grid, size // grid).any(dim=4).any(dim=2).flatten(1)
-        codes = self.checkpoint.image_tokenizer.encode(pixels.to(device)).flatten(1).cpu()
-        rows = [
-            [None if open_ else c + offset for c, open_ in zip(r.tolist(), o.tolist(), strict=True)]
-            for r, o in zip(codes, cells, strict=True)
-        ]
-        texts = [t if isinstance(t, str) else self._label_text(t) for _, _, t, _ in items]
+        known = self.painter.encode(pixels.to(self.checkpoint.device))
+        subjects = [self._subject(t) for _, _, t, _ in items]
         drawn = sources(len(items), "image", [s for *_, s in items], None)
-        decoded = self._decode(self._canvas(texts, rows), drawn, words)
-        new = self.checkpoint.image_tokenizer.decode(self._codes(decoded)).cpu()
+        decoded = self._decode(self.painter.canvas(subjects, known, cells), drawn, words)
+        new = self.painter.pixels(self.painter.result(decoded)).cpu()
         blended = torch.where(redraw[:, None], new.float(), pixels)
         out = [Image.fromarray(a) for a in to_uint8(blended).numpy()]
         return out if many else out[0]
 
-    def _rows(self, prompts: Any, seeds: Any, generator: Any) -> tuple[list[str], list[torch.Generator]]:
+    @torch.no_grad()
+    def denoising(
+        self,
+        labels: int | str | Sequence[int | str] | None = None,
+        prompts: str | Sequence[str] | None = None,
+        seeds: int | Sequence[int] | None = None,
+        columns: int = 8,
+        **words: Unpack[ImageWords],
+    ) -> Image.Image:
+        """A picture of how images come to be: one row per image, evenly chosen passes from left to right.
+
+        Cells that are still masked are grey.
+
+        Args:
+            labels: As when calling.
+            prompts: As when calling.
+            seeds: As when calling.
+            columns: Passes shown, at most; the last one is always.
+            **words: As when calling.
+
+        Raises:
+            ConfigError: As when calling.
+        """
+        rows, drawn = self._rows(self._subjects(labels, prompts), seeds, None, words.get("compat"))
+        open_ = torch.ones(len(rows), self.painter.grid**2, dtype=torch.bool)
+        canvases: list[Canvas] = []
+        decoded = self._decode(
+            self.painter.canvas(rows, None, open_), drawn, words, lambda step: canvases.append(step.canvas.copy())
+        )
+        chosen = torch.linspace(0, len(canvases) - 1, min(columns, len(canvases))).round().int().tolist()
+        frames = [self._frame(canvases[i], decoded.trace) for i in chosen]
+        across = torch.stack(frames, dim=1).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
+        return Image.fromarray(to_uint8(across.permute(2, 0, 1)[None])[0].numpy())
+
+    def _frame(self, canvas: Canvas, trace: Trace) -> Tensor:
+        """Float [B, 3, S, S]; what is decided, on grey."""
+        masked = canvas.undecided[:, canvas.start :]
+        tokens = canvas.tokens[:, canvas.start :].masked_fill(masked, getattr(self.painter, "offset", 0))
+        values = None if canvas.values is None else canvas.values[:, canvas.start :]
+        pixels = self.painter.pixels(self.painter.result(Decoded(tokens, canvas, trace, values))).float().cpu()
+        cell = pixels.shape[-1] // self.painter.grid
+        grey = masked.view(-1, 1, self.painter.grid, self.painter.grid).cpu()
+        grey = grey.repeat_interleave(cell, 2).repeat_interleave(cell, 3)
+        return torch.where(grey, torch.zeros_like(pixels), pixels)
+
+    def _subjects(self, labels: Any, prompts: Any) -> Any:
+        """Texts or class numbers, one or a list."""
+        if (labels is None) == (prompts is None):
+            raise ConfigError("give labels (class numbers) or prompts (texts), one of them")
+        if prompts is not None:
+            self.require("text_image")
+            return prompts
+        self.require("class_image")
+        return [self._class(v) for v in labels] if isinstance(labels, (list, tuple)) else self._class(labels)
+
+    def _subject(self, prompt_or_label: Any) -> Any:
+        if isinstance(prompt_or_label, str) and self.painter.prompts:
+            return prompt_or_label
+        self.require("class_image")
+        return self._class(prompt_or_label)
+
+    def _rows(self, subjects: Any, seeds: Any, generator: Any, compat: Any) -> tuple[list[Any], Any]:
         if generator is None:
-            if seeds is None and isinstance(prompts, (list, tuple)):
-                seeds = list(range(len(prompts)))
-            items, _ = zip_batches(prompts=prompts, seeds=0 if seeds is None else seeds)
+            if compat == "reference":
+                raise ConfigError("compat='reference' draws for the whole batch: give generator=, one generator")
+            if seeds is None and isinstance(subjects, (list, tuple)):
+                seeds = list(range(len(subjects)))
+            items, _ = zip_batches(subjects=subjects, seeds=0 if seeds is None else seeds)
             return [p for p, _ in items], sources(len(items), "image", [s for _, s in items], None)
+        if isinstance(generator, torch.Generator) and compat == "reference":
+            return [p for (p,) in zip_batches(subjects=subjects)[0]], generator
         given = [generator] if isinstance(generator, torch.Generator) else list(generator)
-        items, _ = zip_batches(prompts=prompts, generator=given)
+        items, _ = zip_batches(subjects=subjects, generator=given)
         return [p for p, _ in items], sources(len(items), "image", seeds, given)
 
-    def _canvas(self, texts: Sequence[str], rows: Sequence[Sequence[int | None]]) -> Canvas:
-        tokenizer = tokenizer_of(self.checkpoint)
-        chats = [tokenizer.chat([{"role": "user", "content": text}]) for text in texts]
-        # As in training, guidance drops what the user said and keeps the frame around it.
-        drop = [[c.user_span[0] <= i < c.user_span[1] for i in range(len(c.ids))] for c in chats]
-        shape = self.checkpoint.layout
-        return layout(
-            [c.ids for c in chats],
-            rows,
-            mask_id=shape.code_mask_id,
-            pad_id=tokenizer.pad_id,
-            droppable=drop,
-            device=self.checkpoint.device,
-        )
-
-    def _decode(self, canvas: Canvas, drawn: list[torch.Generator], words: ImageWords) -> Decoded:
+    def _decode(self, canvas: Canvas, drawn: Any, words: ImageWords, watch: Any = None) -> Decoded:
         options: dict[str, Any] = with_defaults(words, self.checkpoint.defaults.get("image", {}), ImageWords)
         callback = report_steps(self, options.pop("callback_on_step_end", None))
-        slots = int(canvas.undecided.sum(1).max())
-        if not slots:
-            raise ConfigError("nothing to draw: the mask marks no part of the image")
-        parts = image_parts(slots=slots, **options)
-        backbone = CodeBackbone(self.checkpoint.model)
-        done = decode(backbone, canvas=canvas, generators=drawn, callback=callback, **parts.arguments())
+        if strange := sorted(set(options) - self.painter.words):
+            raise ConfigError(f"{', '.join(strange)} means nothing to a network of this family; leave it out")
+        parts = self.painter.parts(canvas, drawn, options)
+        seen = callback if watch is None else watch
+        done = decode(self.painter.backbone, canvas=canvas, generators=drawn, callback=seen, **parts)
         self.trace = done.trace
         return done
 
-    def _codes(self, decoded: Decoded) -> Tensor:
-        grid = self.checkpoint.image_tokenizer.grid
-        return (decoded.tokens - self.checkpoint.layout.code_offset).view(-1, grid, grid)
-
-    def _output(self, codes: Tensor, kind: str) -> Any:
+    def _output(self, result: Tensor, kind: str) -> Any:
         if kind not in ("pil", "np", "pt", "latent"):
             raise ConfigError(f"output_type {kind!r}; known: pil, np, pt, latent")
         if kind == "latent":
-            return codes
-        pixels = self.checkpoint.image_tokenizer.decode(codes)
+            return result
+        pixels = self.painter.pixels(result)
         if kind == "pt":
-            return pixels
+            return pixels.clamp(-1, 1)
         arrays = to_uint8(pixels).cpu().numpy()
         return arrays if kind == "np" else [Image.fromarray(a) for a in arrays]
 
-    def _label_text(self, label: Any) -> str:
-        self.require("class_image")
-        return self._name(label)
-
-    def _name(self, label: Any) -> str:
-        classes = self.checkpoint.classes
+    def _class(self, label: Any) -> Any:
+        """The name of a class for a network that reads texts, else its number."""
+        names = self.checkpoint.classes
         if isinstance(label, str):
-            if label not in classes:
-                raise ConfigError(
-                    f"class {label!r} is not one of the checkpoint's {len(classes)}; use prompts for text"
-                )
-            return label
-        if not isinstance(label, (int, np.integer)) or not 0 <= label < len(classes):
-            raise ConfigError(f"label {label!r} must be a number from 0 to {len(classes) - 1}")
-        return classes[int(label)]
+            if label not in names:
+                raise ConfigError(f"class {label!r} is not one of the checkpoint's {len(names)}; use prompts for text")
+            return label if self.painter.prompts else names.index(label)
+        if isinstance(label, bool) or not isinstance(label, (int, np.integer)) or not 0 <= label < self.classes:
+            raise ConfigError(f"label {label!r} must be a number from 0 to {self.classes - 1}")
+        return names[int(label)] if self.painter.prompts else int(label)
 
 
 def _mask(mask: Any, size: int) -> Tensor:

@@ -66,9 +66,16 @@ class PromptedScoreWords(ScoreWords, total=False):
 
 
 class ImageWords(TypedDict, total=False):
-    """Options of everything that draws; see `mmdiff.sampling.presets.image_parts`."""
+    """Options of everything that draws; see `mmdiff.sampling.presets` and `mmdiff.sampling.image_presets`."""
 
     preset: str
+    compat: str | None
+    order: str
+    mask_schedule: str
+    guidance_schedule: str
+    guidance_interval: Sequence[float]
+    solver: str
+    head_steps: int
     num_inference_steps: int
     steps: int
     temperature: float
@@ -172,6 +179,7 @@ def report_steps(pipeline: Any, callback: Callback | None) -> Callable[[Step], A
         canvas = step.canvas
         todo = int(canvas.undecided.sum())
         share = todo / max(1, todo + int((canvas.order >= 0).sum()))
-        callback(pipeline, step.number, share, {"tokens": canvas.tokens[:, canvas.start :]})
+        state = canvas.tokens if canvas.values is None else canvas.values
+        callback(pipeline, step.number, share, {"tokens": state[:, canvas.start :]})
 
     return call

@@ -7,14 +7,17 @@ from mmdiff.sampling.blocks import Fixed, Whole
 from mmdiff.sampling.caches import Cache, DllmCache, Dual, Prefix
 from mmdiff.sampling.canvas import Backbone, Canvas, CodeBackbone, TextBackbone, layout
 from mmdiff.sampling.constraints import Constraint
+from mmdiff.sampling.continuous import LatentBackbone, latent_canvas
 from mmdiff.sampling.credit import Credit
 from mmdiff.sampling.editors import T2T, Remask
 from mmdiff.sampling.exits import Eos, Stop
 from mmdiff.sampling.guidance import Cfg
+from mmdiff.sampling.heads import Ddpm, DpmSolver
 from mmdiff.sampling.loop import decode, steps
+from mmdiff.sampling.orders import Ordered, SharedReveal
 from mmdiff.sampling.proposal import Proposal
 from mmdiff.sampling.samplers import Greedy, Gumbel, Multinomial
-from mmdiff.sampling.schedules import Cosine, Energy, Expected, Linear, Shift
+from mmdiff.sampling.schedules import Cosine, Energy, Expected, Independent, Linear, Shift
 from mmdiff.sampling.selectors import (
     CertaintyDensity,
     Entropy,
@@ -46,8 +49,10 @@ __all__ = [
     "Constraint",
     "Cosine",
     "Credit",
+    "Ddpm",
     "Decoded",
     "DllmCache",
+    "DpmSolver",
     "Drift",
     "Dual",
     "Energy",
@@ -61,10 +66,13 @@ __all__ = [
     "Greedy",
     "Gumbel",
     "Hierarchy",
+    "Independent",
+    "LatentBackbone",
     "Linear",
     "LocalLeap",
     "Margin",
     "Multinomial",
+    "Ordered",
     "Pass",
     "Prefix",
     "Proposal",
@@ -72,6 +80,7 @@ __all__ = [
     "Random",
     "RandomTopK",
     "Remask",
+    "SharedReveal",
     "Shift",
     "Step",
     "Stop",
@@ -82,6 +91,7 @@ __all__ = [
     "Trace",
     "Whole",
     "decode",
+    "latent_canvas",
     "layout",
     "steps",
 ]

@@ -38,6 +38,7 @@ class Canvas:
         given: Bool [B, T]; slots whose input is ``embeds`` instead of the embedding of ``tokens``.
         low: Int64 [B or 1, T]; smallest id a slot may take; None = any.
         high: Int64 [B or 1, T]; one more than the largest id; None = any.
+        values: Float [B, T, C]; continuous tokens; ``tokens`` then only say which slots are decided.
         end: Int64 [B]; first slot that does not count any more, as an exit rule found it; None = none has looked.
     """
 
@@ -53,6 +54,7 @@ class Canvas:
     given: Bool[Tensor, "B T"] | None = None
     low: Int[Tensor, "#B T"] | None = None
     high: Int[Tensor, "#B T"] | None = None
+    values: Float[Tensor, "B T C"] | None = None
     end: Int[Tensor, "B"] | None = None
 
     def __len__(self) -> int:
@@ -73,6 +75,14 @@ class Canvas:
         self.order.scatter_(1, index, self.order.gather(1, index).masked_fill(commit, step))
         self.undecided.scatter_(1, index, self.undecided.gather(1, index) & ~commit)
 
+    def write_values(
+        self, index: Int[Tensor, "B q"], commit: Bool[Tensor, "B q"], values: Float[Tensor, "B q C"]
+    ) -> None:
+        """Continuous tokens of the slots of ``index`` where ``commit``, in place."""
+        assert self.values is not None
+        places = index[..., None].expand_as(values)
+        self.values.scatter_(1, places, torch.where(commit[..., None], values, self.values.gather(1, places)))
+
     def reopen(self, index: Int[Tensor, "B q"], slots: Bool[Tensor, "B q"], mask_id: int) -> None:
         """Make masks of the slots of ``index`` where ``slots``, in place."""
         self.tokens.scatter_(1, index, self.tokens.gather(1, index).masked_fill(slots, mask_id))
@@ -81,12 +91,19 @@ class Canvas:
 
     def put(self, rows: Int[Tensor, "b"], other: Canvas) -> None:
         """Write back what decoding changes, from a canvas made by `select` of the same rows."""
-        for name in ("tokens", "undecided", "order"):
-            getattr(self, name)[rows] = getattr(other, name)
+        for name in ("tokens", "undecided", "order", "values"):
+            if getattr(self, name) is not None:
+                getattr(self, name)[rows] = getattr(other, name)
         if other.end is not None:
             if self.end is None:
                 self.end = torch.full((len(self),), self.tokens.shape[1], device=other.end.device)
             self.end[rows] = other.end
+
+    def copy(self) -> Canvas:
+        """The same rows, with tensors of their own where decoding writes."""
+        written = {n: getattr(self, n).clone() for n in ("tokens", "undecided", "order")}
+        values = None if self.values is None else self.values.clone()
+        return dataclasses.replace(self, **written, values=values)
 
     def to(self, device: torch.device | str) -> Canvas:
         """A copy with every tensor on ``device``."""

@@ -37,16 +37,20 @@ class Cfg:
     (and which training with dropped prompts makes better). ``scale`` 1 is no guidance and costs no second branch.
 
     Attributes:
-        scale: Weight of the condition; published ``cfg_scale`` w is scale - 1.
+        scale: Weight of the condition, one for all rows or one per row; published ``cfg_scale`` w is scale - 1.
 
     Source: SMDM (arXiv 2410.18514), unsupervised guidance; LLaDA's published sampler.
     """
 
-    scale: float
+    scale: float | Float[Tensor, "B 1 1"]
 
     def branches(self, canvas: Canvas, null_id: int) -> list[Canvas]:
         """With and without the condition."""
-        return [canvas] if self.scale == 1 else [canvas, without_condition(canvas, null_id)]
+        return (
+            [canvas]
+            if isinstance(self.scale, float | int) and self.scale == 1
+            else [canvas, without_condition(canvas, null_id)]
+        )
 
     def combine(self, logits: Sequence[Float[Tensor, "B q V"]]) -> Float[Tensor, "B q V"]:
         """Guided logits, in float32 at least."""

@@ -12,8 +12,10 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from mmdiff import rng
+from mmdiff.errors import ConfigError
 from mmdiff.sampling.canvas import Canvas
-from mmdiff.sampling.schedules import Schedule, share_steps
+from mmdiff.sampling.schedules import Independent, Schedule, share_steps
 
 __all__ = ["Ledger", "Row"]
 
@@ -90,13 +92,22 @@ class Ledger:
     total: int | None = None
 
     @classmethod
-    def open(cls, canvas: Canvas, numbers: Int[Tensor, "B T"], schedule: Schedule | None, *, counted: bool) -> Ledger:
+    def open(
+        cls,
+        canvas: Canvas,
+        numbers: Int[Tensor, "B T"],
+        schedule: Schedule | None,
+        *,
+        counted: bool,
+        sources: rng.Source | None = None,
+    ) -> Ledger:
         """Count the masks of every block (the one place that always waits for the device)."""
         rows = []
         for number, (before, *sizes) in enumerate(_table(canvas, numbers)):
             masks = {k: n for k, n in enumerate(sizes) if n}
             if masks:
-                counts = _counts(list(masks.values()), schedule)
+                source = sources[number] if isinstance(sources, Sequence) else sources
+                counts = _counts(list(masks.values()), schedule, source)
                 blocks = [_Block(k, n, n, c) for (k, n), c in zip(masks.items(), counts, strict=True)]
                 rows.append(Row(number, blocks, left=before + blocks[0].masks))
         total = max((sum(len(b.counts) for b in r.blocks) for r in rows), default=0) if counted else None
@@ -160,8 +171,12 @@ def _table(canvas: Canvas, numbers: Int[Tensor, "B T"]) -> list[list[int]]:
     return table.scatter_add_(1, numbers + 1, canvas.undecided.long()).tolist()
 
 
-def _counts(masks: Sequence[int], schedule: Schedule | None) -> list[list[int]]:
+def _counts(masks: Sequence[int], schedule: Schedule | None, source: rng.Source | None) -> list[list[int]]:
     if schedule is None:
         return [[n] for n in masks]
+    if isinstance(schedule, Independent):
+        if len(masks) > 1:
+            raise ConfigError("counts of chance are drawn for the whole canvas: leave blocks at their default")
+        return [schedule.counts(masks[0], schedule.steps, source)]
     shares = masks if schedule.steps is None else share_steps(schedule.steps, len(masks))
     return [schedule.counts(n, s) for n, s in zip(masks, shares, strict=True)]

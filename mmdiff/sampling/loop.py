@@ -22,14 +22,17 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from mmdiff import rng
+from mmdiff.diffusion.guidance import GuidanceSchedule
 from mmdiff.errors import ConfigError
 from mmdiff.sampling.blocks import Blocks, Whole, window
 from mmdiff.sampling.caches import Cache
 from mmdiff.sampling.canvas import Backbone, Canvas, as_backbone, layout
 from mmdiff.sampling.constraints import Constraint, restrict_range, without
+from mmdiff.sampling.continuous import LatentBackbone, LatentPass
 from mmdiff.sampling.editors import Editor
 from mmdiff.sampling.exits import Exit
 from mmdiff.sampling.guidance import Guidance
+from mmdiff.sampling.heads import TokenSolver
 from mmdiff.sampling.ledger import Ledger, Row
 from mmdiff.sampling.proposal import Proposal
 from mmdiff.sampling.reading import Reader
@@ -37,7 +40,7 @@ from mmdiff.sampling.samplers import Draw, Greedy, Sampler
 from mmdiff.sampling.schedules import Linear, Schedule
 from mmdiff.sampling.selectors import Quota, Selector, TopConfidence, Turn
 from mmdiff.sampling.thresholds import Factor, Threshold
-from mmdiff.sampling.trace import Account, Decoded, Drift, Pass, Step
+from mmdiff.sampling.trace import Account, Decoded, Done, Step
 
 __all__ = ["Sources", "decode", "steps"]
 
@@ -53,11 +56,11 @@ def decode(
     blocks: Blocks | None = None,
     schedule: Schedule | None = None,
     selector: Selector | Quota | None = None,
-    sampler: Sampler | None = None,
+    sampler: Sampler | TokenSolver | None = None,
     editor: Editor | None = None,
     cache: Cache | None = None,
     exit: Exit | None = None,  # noqa: A002
-    guidance: Guidance | None = None,
+    guidance: Guidance | GuidanceSchedule | None = None,
     constraint: Constraint | None = None,
     generators: Sources | None = None,
     callback: Callable[[Step], Any] | None = None,
@@ -72,11 +75,11 @@ def decode(
         blocks: Which slots are open; default the whole canvas.
         schedule: How many slots are decided per pass. Default with no selector: one slot per pass.
         selector: Which slots are decided; default `TopConfidence`. `Quota` gives both.
-        sampler: Which token a slot takes; default `Greedy`.
+        sampler: Which token a slot takes; default `Greedy`, and `DpmSolver` for continuous tokens.
         editor: What is changed in slots that were decided before; default nothing.
         cache: What is not recomputed in every pass; default none, everything is.
         exit: When a row ends early; default never.
-        guidance: Default none.
+        guidance: Default none; for continuous tokens a `GuidanceSchedule`.
         constraint: Excluded classes; default none.
         generators: One generator (or tape) per row, needed by parts that draw. One for the whole batch is taken if it
             has a single row, or is a `Tape` of whole [B, q] draws.
@@ -119,11 +122,11 @@ def steps(
     blocks: Blocks | None = None,
     schedule: Schedule | None = None,
     selector: Selector | Quota | None = None,
-    sampler: Sampler | None = None,
+    sampler: Sampler | TokenSolver | None = None,
     editor: Editor | None = None,
     cache: Cache | None = None,
     exit: Exit | None = None,  # noqa: A002
-    guidance: Guidance | None = None,
+    guidance: Guidance | GuidanceSchedule | None = None,
     constraint: Constraint | None = None,
     generators: Sources | None = None,
 ) -> Generator[Step, None, Decoded]:
@@ -136,13 +139,17 @@ def steps(
     published = getattr(schedule, "published", False)
     full = _rows(backbone, model, prompt, length, canvas, published)
     numbers = (blocks or Whole()).assign(full)
-    ledger = Ledger.open(full, numbers, schedule, counted=rule.counts)
-    reader = Reader(backbone, guidance, cache, full, numbers)
+    sources = _sources(generators, len(full), joint=getattr(rule, "joint", False))
+    ledger = Ledger.open(full, numbers, schedule, counted=rule.counts, sources=sources)
+    latent = isinstance(backbone, LatentBackbone)
+    reader = Reader(backbone, None if isinstance(guidance, GuidanceSchedule) else guidance, cache, full, numbers)
     rule = rule.start(*full.tokens.shape) if hasattr(rule, "start") else rule
-    one_pass = _Pass(
-        reader, rule, sampler or Greedy(), editor, constraint or Constraint(), schedule is not None, published
-    )
-    sources = _sources(generators, len(full))
+    if latent:
+        _refuse_for_values(blocks=blocks, editor=editor, cache=cache, constraint=constraint, exit=exit)
+        one_pass: Any = LatentPass.of(backbone, schedule, rule, sampler, guidance)
+    else:
+        scheduled = schedule is not None
+        one_pass = _Pass(reader, rule, _of_ids(sampler), editor, constraint or Constraint(), scheduled, published)
     account = Account(full)
     total = ledger.total if editor is None and (cache is None or ledger.in_step) else None
     here: list[int] = []
@@ -172,24 +179,8 @@ def steps(
         if ledger.close() and ledger.rows:
             reader.keep(ledger.numbers)
         yield Step(account.nfe - 1, full, total)
-    return Decoded(full.tokens[:, full.start :], full, account.close(full))
-
-
-@dataclass(frozen=True)
-class _Done:
-    """What a pass did.
-
-    Attributes:
-        taken: Slots it decided per row, less those it opened again.
-        changed: Whether it changed any slot that was decided before; None without an editor.
-        cost: What it cost.
-        drift: The drift, if watched.
-    """
-
-    taken: Int[Tensor, "B"]
-    changed: Bool[Tensor, "B"] | None
-    cost: Pass
-    drift: Drift | None
+    values = None if full.values is None else full.values[:, full.start :]
+    return Decoded(full.tokens[:, full.start :], full, account.close(full), values)
 
 
 @dataclass(frozen=True)
@@ -207,7 +198,7 @@ class _Pass:
     @torch.no_grad()
     def __call__(
         self, canvas: Canvas, block: Int[Tensor, "B T"], rows: list[Row], whole: bool, draw: Draw, number: int
-    ) -> _Done:
+    ) -> Done:
         """Decide slots of ``canvas`` in place."""
         current = _tensor([r.block for r in rows], block.device)
         open_slots = window(canvas, block, current)
@@ -220,21 +211,22 @@ class _Pass:
         # Unused columns may be slots that this pass does not compute: the row's first slot is read in their place.
         read = torch.where(shown > 0, index, index[:, :1])
         logits, cost, drift = self.reader.read(canvas, rows, whole, read, candidates)
-        turn = self._turn(rows, draw, canvas)
+        masks = canvas.valid & (canvas.tokens == self.reader.backbone.mask_id)
+        turn = Turn.of(rows, draw, masks, scheduled=self.scheduled)
         proposal = self.propose(logits, canvas, index, candidates, turn)
         commit = candidates & self.selector.select(proposal, candidates, turn)
         if self.published:
             commit &= proposal.tokens != self.reader.backbone.mask_id
         if self.editor is None:
             canvas.write(index, commit, proposal.tokens, number)
-            return _Done(commit.sum(1), None, cost, drift)
+            return Done(commit.sum(1), None, cost, drift)
         decided = shown == 1
         slots = canvas.tokens.shape[1]
         edit = self.editor.edit(proposal, canvas.tokens.gather(1, index), candidates, decided, commit, slots)
         canvas.write(index, edit.write, proposal.tokens, number)
         canvas.reopen(index, edit.reopen, self.reader.backbone.mask_id)
         taken = (edit.write & candidates).sum(1) - edit.reopen.sum(1)
-        return _Done(taken, ((edit.write & decided) | edit.reopen).any(1), cost, drift)
+        return Done(taken, ((edit.write & decided) | edit.reopen).any(1), cost, drift)
 
     def width(self, rows: list[Row]) -> int:
         """Slots that a pass has to look at, the same number in each row."""
@@ -250,17 +242,12 @@ class _Pass:
         if hasattr(self.selector, "transform"):
             self.selector.transform(logits, index, candidates, turn)
         # The mask class counts in the confidence, as published, but is never chosen: it would never be decided.
-        hidden = () if self.published else (self.reader.backbone.mask_id,)
+        drawable = self.published or getattr(self.sampler, "draws_mask", False)
+        hidden = () if drawable else (self.reader.backbone.mask_id,)
         with without(logits, hidden, offset):
             classes = self.sampler.choose(logits, turn.draw)
         self.constraint.rescore(logits, offset)
         return Proposal(classes + offset, classes, logits, index)
-
-    def _turn(self, rows: list[Row], draw: Draw, canvas: Canvas) -> Turn:
-        quota = _tensor([r.quota for r in rows], canvas.tokens.device) if self.scheduled else None
-        steps = [r.steps if self.scheduled else r.step + 1 for r in rows]
-        masks = canvas.valid & (canvas.tokens == self.reader.backbone.mask_id)
-        return Turn([r.number for r in rows], quota, [r.step for r in rows], steps, draw, masks)
 
 
 def _rows(
@@ -278,9 +265,7 @@ def _laid_out(backbone: Backbone, model: Any, prompt: Any, length: int | None, c
     if (canvas is None) == (prompt is None) or (length is None) == (canvas is None):
         raise ConfigError("give either canvas, or prompt and length")
     if canvas is not None:
-        return dataclasses.replace(
-            canvas, tokens=canvas.tokens.clone(), undecided=canvas.undecided.clone(), order=canvas.order.clone()
-        )
+        return canvas.copy()
     if length is None or length < 1:
         raise ConfigError(f"length is {length}; it must be at least 1")
     prompts = prompt.tolist() if isinstance(prompt, Tensor) else [list(p) for p in prompt]
@@ -302,10 +287,25 @@ def _who_decides(schedule: Schedule | None, selector: Selector | Quota | None) -
     return schedule, selector
 
 
-def _sources(generators: Sources | None, rows: int) -> Sources | None:
-    """One source per row, or one tape for all."""
-    if generators is None or isinstance(generators, rng.Tape):
+def _refuse_for_values(**parts: Any) -> None:
+    """Parts that need ids, probabilities or stored keys and values, which continuous tokens do not have."""
+    given = sorted(name for name, part in parts.items() if part is not None and not isinstance(part, Whole))
+    if given:
+        raise ConfigError(f"continuous tokens are decoded without {', '.join(given)}")
+
+
+def _of_ids(sampler: Sampler | TokenSolver | None) -> Sampler:
+    if isinstance(sampler, TokenSolver):
+        raise ConfigError(f"{type(sampler).__name__} draws continuous tokens; a network over ids needs a sampler")
+    return sampler or Greedy()
+
+
+def _sources(generators: Sources | None, rows: int, *, joint: bool) -> Sources | None:
+    """One source per row, or one tape for all; ``joint`` selectors take one generator for all rows."""
+    if generators is None or isinstance(generators, rng.Tape) or (joint and isinstance(generators, torch.Generator)):
         return generators
+    if joint:
+        raise ConfigError("this selector draws for all rows together: give one generator, not one per row")
     if isinstance(generators, torch.Generator):
         generators = [generators]
     if len(generators) != rows:

@@ -93,7 +93,7 @@ class Reader:
             here = [r.number for r in rows]
             store = self._store if here == self._held else self._store.view(self._places(here, index.device))
             options = {"store": store, "compute": None if compute is None else compute.repeat(self.branches, 1)}
-        logits = self._forward(canvas, index, options)
+        logits = self._forward(canvas, rows, index, options)
         slots = canvas.tokens.shape[1]
         cost = Pass(
             rows=len(rows) * self.branches,
@@ -103,10 +103,10 @@ class Reader:
         )
         self._passes += 1
         watched = self.cache is not None and self.cache.watch and (self._passes - 1) % self.cache.watch == 0
-        drift = Drift.between(logits, self._forward(canvas, index, {}), open_) if watched else None
+        drift = Drift.between(logits, self._forward(canvas, rows, index, {}), open_) if watched else None
         return logits, cost, drift
 
-    def _forward(self, canvas: Canvas, index: Tensor, options: dict[str, Any]) -> Tensor:
+    def _forward(self, canvas: Canvas, rows: Sequence[Row], index: Tensor, options: dict[str, Any]) -> Tensor:
         if self.guidance is None:
             return self.backbone.forward(canvas, index, **options)
         views = self.guidance.branches(canvas, self.backbone.null_id)
@@ -114,7 +114,8 @@ class Reader:
         for view in views[1:]:
             tall = tall.stack(view)
         logits = self.backbone.forward(tall, index.repeat(len(views), 1), **options)
-        return self.guidance.combine(logits.chunk(len(views)))
+        now = self.guidance.at(rows) if hasattr(self.guidance, "at") else self.guidance
+        return now.combine(logits.chunk(len(views)))
 
     def _compute(self, canvas: Canvas, rows: Sequence[Row]) -> Int[Tensor, "B q"]:
         """Slots that go through the network, the same number in each row: short rows repeat their first."""

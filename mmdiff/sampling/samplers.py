@@ -6,7 +6,7 @@ of the batch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -32,12 +32,23 @@ class Draw:
 
     def __init__(
         self,
-        sources: Sequence[torch.Generator | rng.Tape] | rng.Tape | None,
+        sources: rng.Source | None,
         counts: Sequence[int],
         width: int,
         device: torch.device,
     ) -> None:
         self._sources, self._counts, self.width, self._device = sources, counts, width, device
+
+    @property
+    def source(self) -> rng.Source:
+        """Where the numbers come from.
+
+        Raises:
+            ConfigError: No sources were given.
+        """
+        if self._sources is None:
+            raise ConfigError("these options draw random numbers: give seeds or generators, one per row")
+        return self._sources
 
     def __call__(self, *shape: int) -> Float[Tensor, "B q *shape"]:
         """U[0, 1) numbers per candidate; 1/2 at the slots that are no candidates.
@@ -45,16 +56,20 @@ class Draw:
         Raises:
             ConfigError: No sources were given.
         """
-        if self._sources is None:
-            raise ConfigError("these options draw random numbers: give seeds or generators, one per row")
-        if isinstance(self._sources, rng.Tape):
-            return rng.uniform(self._sources, (len(self._counts), self.width, *shape), device=self._device)
-        out = torch.full(
-            (len(self._counts), self.width, *shape), 0.5, device=getattr(self._sources[0], "device", "cpu")
-        )
-        for row, (source, count) in enumerate(zip(self._sources, self._counts, strict=True)):
+        return self._draw(rng.uniform, shape)
+
+    def gumbel(self, *shape: int) -> Float[Tensor, "B q *shape"]:
+        """Standard Gumbel numbers per candidate; a tape holds the Gumbel numbers. Errors as for uniform ones."""
+        return self._draw(rng.gumbel, shape)
+
+    def _draw(self, draw: Callable[..., Tensor], shape: tuple[int, ...]) -> Tensor:
+        sources = self.source
+        if isinstance(sources, (rng.Tape, torch.Generator)):
+            return draw(sources, (len(self._counts), self.width, *shape), device=self._device)
+        out = torch.full((len(self._counts), self.width, *shape), 0.5, device=getattr(sources[0], "device", "cpu"))
+        for row, (source, count) in enumerate(zip(sources, self._counts, strict=True)):
             if count:
-                out[row, :count] = rng.uniform(source, (count, *shape))
+                out[row, :count] = draw(source, (count, *shape))
         return out.to(self._device, non_blocking=True)
 
 

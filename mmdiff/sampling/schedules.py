@@ -14,9 +14,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mmdiff import rng
+from mmdiff.diffusion.mask_schedules import GammaName, reveal_probabilities
 from mmdiff.errors import ConfigError
 
-__all__ = ["Cosine", "Energy", "Expected", "Linear", "Schedule", "Shift", "share_steps"]
+__all__ = ["Cosine", "Energy", "Expected", "Independent", "Linear", "Schedule", "Shift", "share_steps"]
 
 
 @runtime_checkable
@@ -181,6 +183,40 @@ class Energy:
             out.append(left - keep)
             left = keep
         return [n for n in out if n]
+
+
+@dataclass(frozen=True)
+class Independent:
+    """A schedule of chance: every masked token is revealed with the mask schedule's probability, at least one.
+
+    The counts of a row are drawn before its first pass, from the row's own generator.
+
+    Attributes:
+        gamma: Mask schedule.
+        steps: Passes at most.
+
+    Source: eMIGM (arXiv 2503.07197), reverse process; a count per image instead of one per batch.
+    """
+
+    gamma: GammaName
+    steps: int
+
+    def counts(self, masks: int, steps: int, source: rng.Source | None = None) -> list[int]:
+        """Tokens per pass: binomial numbers, raised to 1; the last pass takes what is left.
+
+        Raises:
+            ConfigError: No generator was given.
+        """
+        if source is None:
+            raise ConfigError("this schedule draws random numbers: give seeds or generators, one per row")
+        chances = reveal_probabilities(self.gamma, steps)
+        u = rng.uniform(source, (steps, masks), device="cpu")
+        left, out = masks, []
+        for chance, row in zip(chances, u, strict=True):
+            if left:
+                out.append(max(1, int((row[:left] < chance).sum())))
+                left -= out[-1]
+        return out
 
 
 def share_steps(steps: int, blocks: int) -> list[int]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -58,6 +58,13 @@ class Turn:
     draw: Draw
     masks: Bool[Tensor, "B T"]
 
+    @classmethod
+    def of(cls, rows: Sequence[Any], draw: Draw, masks: Bool[Tensor, "B T"], *, scheduled: bool) -> Turn:
+        """The turn of rows of a `mmdiff.sampling.ledger.Ledger`."""
+        quota = torch.tensor([r.quota for r in rows]).to(masks.device, non_blocking=True) if scheduled else None
+        steps = [r.steps if scheduled else r.step + 1 for r in rows]
+        return cls([r.number for r in rows], quota, [r.step for r in rows], steps, draw, masks)
+
     @property
     def need(self) -> Int[Tensor, "B"]:
         """The quota, which a counting selector is sure to have."""
@@ -71,7 +78,8 @@ class Selector(Protocol):
     """Decides which.
 
     A selector that learns from pass to pass also has ``start(rows, slots)``, which gives the selector of one run, and
-    ``transform(logits, index, candidates, turn)``, which changes the logits in place before a token is chosen.
+    ``transform(logits, index, candidates, turn)``, which changes the logits in place before a token is chosen. One with
+    ``blind = True`` does not look at the proposal and can decide before the network runs.
 
     Attributes:
         counts: Whether the schedule's quota alone says how many slots are decided.
@@ -141,6 +149,7 @@ class Random:
     """A random order (LLaDA's ``random`` remasking)."""
 
     counts = True
+    blind = True
 
     def select(self, proposal: Proposal, candidates: Bool[Tensor, "B q"], turn: Turn) -> Bool[Tensor, "B q"]:
         """By one uniform number per candidate."""
@@ -154,26 +163,33 @@ class RandomTopK:
     Attributes:
         temperature: Weight of the noise at the start.
         anneal: How it falls with the share r of steps done, this one included: ``linear`` T (1 - r) as MaskGIT,
-            ``compound`` the running product of (1 - r) as MMaDA, ``constant`` as Lumina-DiMOO.
+            ``compound`` the running product of (1 - r) as MMaDA, ``constant`` as Lumina-DiMOO; ``before`` T (1 - r)
+            with r the share of the other steps that are done, as MaskGIT's PyTorch reproduction.
 
     Source: MaskGIT (arXiv 2202.04200); MMaDA (arXiv 2505.15809); Lumina-DiMOO (arXiv 2510.06308).
     """
 
     temperature: float
-    anneal: Literal["linear", "compound", "constant"] = "linear"
+    anneal: Literal["linear", "compound", "constant", "before"] = "linear"
     counts = True
 
     def select(self, proposal: Proposal, candidates: Bool[Tensor, "B q"], turn: Turn) -> Bool[Tensor, "B q"]:
         """By log-probability with noise."""
-        noise = -torch.log(-torch.log(turn.draw().clamp(1e-20, 1 - 1e-7)))
+        return best(self.score(proposal, turn), candidates, turn.need)
+
+    def score(self, proposal: Proposal, turn: Turn) -> Float[Tensor, "B q"]:
+        """Log-probability with noise."""
+        noise = turn.draw.gumbel()
         weights = [self.temperature * self.share(j, s) for j, s in zip(turn.step, turn.steps, strict=True)]
         weight = torch.tensor(weights, dtype=noise.dtype).to(noise.device, non_blocking=True)
-        return best(proposal.log_prob + weight[:, None] * noise, candidates, turn.need)
+        return proposal.log_prob + weight[:, None] * noise
 
     def share(self, step: int, steps: int) -> float:
         """Share of the noise that is left in step ``step`` of ``steps``."""
         if self.anneal == "constant":
             return 1.0
+        if self.anneal == "before":
+            return 1 - step / max(1, steps - 1)
         first = 0 if self.anneal == "compound" else step
         return math.prod(1 - (j + 1) / steps for j in range(first, step + 1))
 

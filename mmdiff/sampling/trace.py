@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mmdiff.sampling.canvas import Canvas
 
-__all__ = ["Account", "Decoded", "Drift", "Pass", "Step", "Trace"]
+__all__ = ["Account", "Decoded", "Done", "Drift", "Pass", "Step", "Trace"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,23 @@ class Drift:
         """Compare at the slots ``open_``."""
         a, b = cached[open_].float(), full[open_].float()
         return cls((a - b).abs().max(), (a - b).abs().mean(), (a.argmax(-1) != b.argmax(-1)).float().mean())
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a pass did.
+
+    Attributes:
+        taken: Slots it decided per row, less those it opened again.
+        changed: Whether it changed any slot that was decided before; None without an editor.
+        cost: What it cost.
+        drift: The drift, if watched.
+    """
+
+    taken: Int[Tensor, "B"]
+    changed: Bool[Tensor, "B"] | None
+    cost: Pass
+    drift: Drift | None
 
 
 @dataclass(frozen=True)
@@ -98,11 +115,13 @@ class Decoded:
         tokens: Int64 [B, G]; the slots after the prompt.
         canvas: The final canvas.
         trace: What it cost.
+        values: Float [B, G, C]; the same slots of a canvas of continuous tokens.
     """
 
     tokens: Int[Tensor, "B G"]
     canvas: Canvas
     trace: Trace
+    values: Float[Tensor, "B G C"] | None = None
 
 
 @dataclass(frozen=True)

@@ -19,21 +19,21 @@ from mmdiff.batch import IGNORE, Batch
 from mmdiff.config import Field, config
 from mmdiff.diffusion import masking, objectives
 from mmdiff.errors import ConfigError
+from mmdiff.training.losses import Losses
+from mmdiff.training.masked_codes import MaskedCodes
+from mmdiff.training.token_diffusion import TokenDiffusion
 
-__all__ = ["Autoencoding", "Contrastive", "Losses", "Masked", "Objective", "ObjectiveConfig", "build"]
-
-
-@dataclass(frozen=True)
-class Losses:
-    """Loss of one batch.
-
-    Attributes:
-        total: Scalar to differentiate.
-        terms: Per task (sum of losses, number of summands), for the log; detached.
-    """
-
-    total: Tensor
-    terms: dict[str, tuple[Tensor, int]]
+__all__ = [
+    "Autoencoding",
+    "Contrastive",
+    "Losses",
+    "Masked",
+    "MaskedCodes",
+    "Objective",
+    "ObjectiveConfig",
+    "TokenDiffusion",
+    "build",
+]
 
 
 Objective = Callable[[nn.Module, Batch, torch.Generator], Losses]
@@ -126,12 +126,16 @@ class Autoencoding:
     """Number of resolutions (each half of the one before) at which images are compared."""
     edges: float = Field(1.0, ge=0)
     """Weight of the difference of image gradients, which keeps outlines sharp."""
+    penalty: float = Field(1e-4, ge=0)
+    """Weight of the bottleneck's own term: the KL divergence of a KL autoencoder (about 1e-6 to 1e-3), codebook and
+    commitment of a VQGAN (about 1); no effect on finite scalar quantisation."""
 
     def __call__(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> Losses:
         """Mean absolute error over scales plus the same of horizontal and vertical differences."""
         pixels = _pixels(batch)
-        output, _ = model(pixels)
-        total = pixels.new_zeros(())
+        output, bottleneck = model(pixels)
+        own: Any = getattr(model, "penalty", None)
+        total = pixels.new_zeros(()) if own is None else self.penalty * own(bottleneck)
         a, b = output, pixels
         for _ in range(self.scales):
             total = total + F.l1_loss(a, b) + F.mse_loss(a, b)
@@ -140,7 +144,12 @@ class Autoencoding:
             )
             a, b = F.avg_pool2d(a, 2), F.avg_pool2d(b, 2)
         error = F.l1_loss(output.detach(), pixels) * len(batch)
-        return Losses(total, {"image": (error, len(batch))})
+        terms = {"image": (error, len(batch))}
+        usage: Any = getattr(model, "usage", None)
+        if usage is not None:
+            # Share of the codebook that the batch uses, so that a collapse is seen.
+            terms["usage"] = (usage(bottleneck.detach()) * len(batch), len(batch))
+        return Losses(total, terms)
 
 
 @config
@@ -158,10 +167,12 @@ class Contrastive:
         return Losses(loss.mean(), {"pair": (loss.detach().sum(), len(batch))})
 
 
-ObjectiveConfig = Annotated[Masked | Autoencoding | Contrastive, Field(discriminator="type")]
+ObjectiveConfig = Annotated[
+    Masked | Autoencoding | Contrastive | TokenDiffusion | MaskedCodes, Field(discriminator="type")
+]
 
 
-def build(spec: Masked | Autoencoding | Contrastive) -> Objective:
+def build(spec: Masked | Autoencoding | Contrastive | TokenDiffusion | MaskedCodes) -> Objective:
     """The callable of an objective's configuration (the configuration itself)."""
     return spec
 

@@ -24,6 +24,7 @@ __all__ = [
     "ScheduleConfig",
     "arithmetic",
     "build",
+    "decays",
     "factor",
     "fits",
     "from_tensors",
@@ -45,6 +46,8 @@ class OptimConfig:
     """Added to the root of the second moment."""
     weight_decay: float = Field(0.01, ge=0)
     """Decoupled decay, applied to parameters with two or more dimensions only."""
+    no_decay: tuple[str, ...] = ()
+    """Further parameters without decay: modules' names or patterns with ``*``, as in ``factors``."""
     factors: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
     """Learning-rate factor by parameter name: a module's name or a pattern with ``*``; 0 freezes; the longest wins."""
 
@@ -97,8 +100,8 @@ def build(
             parameter.requires_grad_(False)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in trainable(model).items():
-        by, decays = (scales or {}).get(name, (1.0, 1.0))
-        decay = spec.weight_decay * decays if parameter.ndim >= 2 else 0.0
+        by, share = (scales or {}).get(name, (1.0, 1.0))
+        decay = spec.weight_decay * share if decays(name, parameter, spec.no_decay) else 0.0
         groups.setdefault((factors[name] * by, decay), []).append(parameter)
     if not groups:
         raise ConfigError("every parameter is frozen, so there is nothing to train; check optim.factors")
@@ -106,6 +109,11 @@ def build(
     # On a CPU the fused kernel takes a quarter of the time of the plain loop; foreach is slower than the loop there.
     fused = all(p.device.type in ("cpu", "cuda") for p in model.parameters())
     return torch.optim.AdamW(tables, lr=spec.lr, betas=spec.betas, eps=spec.eps, fused=fused)
+
+
+def decays(name: str, parameter: nn.Parameter, exempt: Iterable[str]) -> bool:
+    """Whether a parameter is decayed: matrices and embeddings that no pattern of ``exempt`` fits."""
+    return parameter.ndim >= 2 and not any(fits(name, pattern) for pattern in exempt)
 
 
 def arithmetic(device: torch.device, dtype: str | None) -> AbstractContextManager[Any]:

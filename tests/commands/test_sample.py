@@ -16,9 +16,12 @@ from typer.testing import CliRunner
 
 from mmdiff import rng
 from mmdiff.cli import app
+from mmdiff.errors import ConfigError
+from mmdiff.images import open_image
 from mmdiff.models import llada, unified, vision, vq
 from mmdiff.pipelines import Checkpoint, Pipeline, load
 from mmdiff.text import Tokenizer
+from tests.helpers import class_images
 
 CLASSES = ("circle", "square", "cat")
 
@@ -178,3 +181,25 @@ def test_a_stopped_run_goes_on_to_the_same_pictures(folder, tmp_path, number, co
     run(folder, *options, tmp_path / "fresh")
     assert pictures(tmp_path / "out") == pictures(tmp_path / "fresh")
     assert not list((tmp_path / "out").glob("*/.*"))
+
+
+@pytest.mark.parametrize("kind", ["emigm", "halton"])
+def test_class_conditional_checkpoints_are_sampled_alike(tmp_path, kind):
+    model = class_images.folder(kind, tmp_path / "model")
+    words = ["--steps", 3, *(["--set", "head_steps=2"] if kind == "emigm" else [])]
+    result = run(model, "--num", 5, "--out", tmp_path / "a", "--batch", 5, "--grid", tmp_path / "grid.png", *words)
+    assert result.exit_code == 0, result.output
+    assert run(model, "--num", 5, "--out", tmp_path / "b", "--batch", 2, "--shards", "--npz", *words).exit_code == 0
+    for i in range(5):
+        a, b = (np.asarray(open_image(tmp_path / n / f"00000/{i:06d}.png")).astype(int) for n in "ab")
+        assert abs(a - b).max() <= 1
+    assert list(np.load(tmp_path / "b" / "samples.npz")["arr_1"]) == [0, 1, 2, 0, 1]
+    assert (tmp_path / "b" / "shards" / "sample-00000.tar").is_file()
+    assert open_image(tmp_path / "grid.png").size == (8 * 3, 8 * 5)
+
+
+def test_a_word_that_means_nothing_is_refused(tmp_path):
+    model = class_images.folder("emigm", tmp_path / "model")
+    result = run(model, "--num", 1, "--out", tmp_path / "a", "--set", "top_k=3")
+    assert isinstance(result.exception, ConfigError) or result.exit_code == 2
+    assert run(model, "--num", 1, "--out", tmp_path / "a", "--set", "order").exit_code != 0

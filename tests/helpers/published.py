@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tests.helpers import image_layouts
 from tests.helpers import published_diffusion as diffusion
 
 Shapes = dict[str, tuple[int, ...]]
@@ -90,12 +91,74 @@ LLADA_V: dict[str, Any] = {
     },
 }
 
+EMIGM: dict[str, Any] = {
+    "img_size": 64,
+    "vae_stride": 16,
+    "vae_embed_dim": 3,
+    "patch_size": 2,
+    "class_num": 5,
+    "encoder_embed_dim": 12,
+    "encoder_depth": 2,
+    "encoder_num_heads": 3,
+    "decoder_embed_dim": 8,
+    "decoder_depth": 1,
+    "decoder_num_heads": 2,
+    "buffer_size": 3,
+    "diffloss_d": 2,
+    "diffloss_w": 10,
+}
+"""MAR's options: encoder and decoder of different widths, no class and mask apart."""
+
+MASKGIT_V1: dict[str, Any] = {
+    "input_size": 2,
+    "hidden_dim": 12,
+    "codebook_size": 60,
+    "depth": 2,
+    "heads": 3,
+    "mlp_dim": 20,
+    "nclass": 4,
+}
+
+MASKGIT_V2: dict[str, Any] = {**MASKGIT_V1, "register": 1, "proj": 1}
+
+KL16: dict[str, Any] = {"ch": 32, "ch_mult": [1, 2], "embed_dim": 3, "num_res_blocks": 1}
+
+TAMING: dict[str, Any] = {"ch": 32, "ch_mult": [1, 1], "n_embed": 7, "embed_dim": 3, "z_channels": 5}
+
+LLAMAGEN: dict[str, Any] = {"ch": 32, "ch_mult": [1, 1], "n_embed": 7, "z_channels": 5}
+
+DC_AE: dict[str, Any] = {
+    "_class_name": "AutoencoderDC",
+    "in_channels": 3,
+    "latent_channels": 2,
+    "attention_head_dim": 4,
+    "encoder_block_types": "ResBlock",
+    "decoder_block_types": "ResBlock",
+    "encoder_block_out_channels": [8, 8],
+    "decoder_block_out_channels": [8, 8],
+    "encoder_layers_per_block": [1, 1],
+    "decoder_layers_per_block": [1, 1],
+    "encoder_qkv_multiscales": [[], []],
+    "decoder_qkv_multiscales": [[], []],
+    "decoder_norm_types": "rms_norm",
+    "decoder_act_fns": "silu",
+    "upsample_block_type": "pixel_shuffle",
+    "downsample_block_type": "pixel_unshuffle",
+    "scaling_factor": 0.5,
+}
 SIGLIP: dict[str, Any] = {**LLADA_V["vision_config"], "model_type": "siglip_vision_model"}
 
 CONFIGS = {
     "olmo": OLMO,
     "llama": LLAMA,
     "llada-v": LLADA_V,
+    "emigm": EMIGM,
+    "maskgit-v1": MASKGIT_V1,
+    "maskgit-v2": MASKGIT_V2,
+    "kl16": KL16,
+    "dc-ae": DC_AE,
+    "taming": TAMING,
+    "llamagen": LLAMAGEN,
     "siglip": SIGLIP,
     "dit": diffusion.DIT,
     "sd3": diffusion.SD3,
@@ -111,6 +174,8 @@ def shapes(layout: str, tree: dict[str, Any]) -> Shapes:
         return DIFFUSION[layout](tree)
     if layout == "olmo":
         return olmo_shapes(tree)
+    if layout in image_layouts.SHAPES:
+        return image_layouts.SHAPES[layout](tree)
     if layout == "siglip":
         return tower_shapes("vision_model", tree)
     return llama_shapes(tree) | (vision_shapes(tree) if layout == "llada-v" else {})
@@ -203,10 +268,13 @@ def weights(layout: str, tree: dict[str, Any], seed: int = 0) -> dict[str, Tenso
     """Random weights, in bfloat16, float16 and float32 by turns, so that a change of dtype shows."""
     draw = torch.Generator().manual_seed(seed)
     dtypes = (torch.bfloat16, torch.float16, torch.float32)
-    return {
+    tensors = {
         key: (torch.randn(shape, generator=draw) * 0.2).to(dtypes[n % 3])
         for n, (key, shape) in enumerate(shapes(layout, tree).items())
     }
+    if layout == "maskgit-v2":
+        tensors["head.weight"] = tensors["tok_emb.weight"].clone()
+    return tensors
 
 
 def publish(folder: Path, layout: str, tree: dict[str, Any] | None = None) -> dict[str, Tensor]:

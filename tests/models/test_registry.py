@@ -12,7 +12,21 @@ from mmdiff import rng
 from mmdiff.config import config, parse
 from mmdiff.errors import CheckpointError, ConfigError
 from mmdiff.io import folder as folders
-from mmdiff.models import dit, llada, llada_v, masked_mmdit, mmdit, scorer, unified, vision, vq
+from mmdiff.models import (
+    dit,
+    emigm,
+    llada,
+    llada_v,
+    masked_mmdit,
+    maskgit,
+    mmdit,
+    scorer,
+    unified,
+    vae,
+    vision,
+    vq,
+    vqgan,
+)
 from mmdiff.models.llada import LLaDA
 from mmdiff.models.llada_v import LLaDAV
 from mmdiff.models.registry import FAMILIES, ModelConfig, build, identify, load_model, save_folder
@@ -38,6 +52,51 @@ TREES = {
     "llada_v": {"type": "llada_v", "language": LANGUAGE, "vision": VISION},
     "unified": {"type": "unified", "language": LANGUAGE, "vision": VISION, "codes": {"codebook": 9, "grid": 2}},
     "vq": {"type": "vq", "image_size": 16, "widths": [8, 16], "levels": [3, 4]},
+    "emigm": {
+        "type": "emigm",
+        "grid": 4,
+        "channels": 3,
+        "classes": 5,
+        "encoder": {"width": 12, "depth": 1, "heads": 2},
+        "decoder": {"width": 12, "depth": 1, "heads": 3},
+        "buffer": 2,
+        "head_width": 8,
+        "head_depth": 1,
+    },
+    "maskgit": {"type": "maskgit", "grid": 2, "codebook": 9, "classes": 3, "width": 12, "depth": 1, "heads": 2},
+    "kl_vae": {
+        "type": "kl_vae",
+        "image_size": 16,
+        "width": 32,
+        "multipliers": [1, 1],
+        "blocks": 1,
+        "channels": 2,
+        "attention_levels": [1],
+    },
+    "dc_ae": {
+        "type": "dc_ae",
+        "image_size": 8,
+        "channels": 2,
+        "head_dim": 4,
+        "widths": [8, 8],
+        "encoder_layers": [1, 1],
+        "decoder_layers": [1, 1],
+        "block_types": ["ResBlock", "EfficientViTBlock"],
+        "decoder_norms": ["rms_norm", "rms_norm"],
+        "decoder_activations": ["silu", "silu"],
+        "multiscales": [[], []],
+    },
+    "vqgan": {
+        "type": "vqgan",
+        "image_size": 16,
+        "width": 32,
+        "multipliers": [1, 1],
+        "blocks": 1,
+        "features": 4,
+        "codebook": 7,
+        "code_channels": 3,
+        "attention_levels": [],
+    },
     "siglip": {"type": "siglip", **VISION},
     "scorer": {"type": "scorer", "vocab_size": 20, "image_size": 16, "widths": [8, 16], "width": 8},
     "dit": {"type": "dit", "image_size": 4, "width": 16, "depth": 2, "heads": 2, "ffn_width": 32, "classes": 3},
@@ -71,6 +130,21 @@ def assert_same(left: nn.Module, right: nn.Module) -> None:
         (llada_v.Config(), 8_434_837_024),
         (vision.Config(), 397_747_744),
         (llada.Config(depth=22, width=2048, kv_heads=4, ffn_width=5634), 1_487_243_264),
+        (emigm.SIZES["xsmall-256"], 69_018_848),
+        (emigm.SIZES["small-256"], 96_640_544),
+        (emigm.SIZES["base-256"], 207_924_000),
+        (emigm.SIZES["large-256"], 478_325_280),
+        (emigm.SIZES["huge-256"], 942_401_824),
+        (emigm.SIZES["xsmall-512"], 104_506_624),
+        (emigm.SIZES["small-512"], 132_145_728),
+        (emigm.SIZES["base-512"], 244_150_592),
+        (emigm.SIZES["large-512"], 478_403_136),
+        (maskgit.SIZES["bert-256"], 174_160_874),
+        (maskgit.SIZES["halton-large-384"], 479_984_641),
+        (vae.Config(), 66_456_019),
+        (vae.DCConfig(), 323_356_460),
+        (vqgan.Config(), 72_141_699),
+        (vqgan.Config(codebook=16384, code_channels=8, normalised=True), 71_883_403),
     ],
 )
 def test_full_size_networks_have_the_published_parameter_counts(full, parameters):
@@ -249,6 +323,8 @@ def test_loading_says_nothing_when_there_is_nothing_to_say(tmp_path, caplog):
 
 def test_every_family_is_in_the_table_and_in_the_union():
     assert [FAMILIES[n].config for n in FAMILIES] == [
-        m.Config for m in (llada, llada_v, unified, vq, vision, scorer, dit, mmdit, masked_mmdit)
+        *(m.Config for m in (llada, llada_v, unified, vq, emigm, maskgit, vae)),
+        vae.DCConfig,
+        *(m.Config for m in (vqgan, vision, scorer, dit, mmdit, masked_mmdit)),
     ]
     assert all(configs.to_dict(c)["type"] == name for name, c in CONFIGS.items())

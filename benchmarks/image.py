@@ -1,0 +1,123 @@
+"""Sampling and training of eMIGM beside a plain transcription of the published loop, on the same random weights.
+
+Run: ``python -m benchmarks.image [SIZE [BATCH [STEPS]]]`` (default xsmall-256, 2 images, 16 steps). Both sides run in
+one process, in turn; times are processor seconds, so that other work on the machine does not count. Ratios are
+theirs / ours. The transcription is `benchmarks/published_emigm.py`.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from benchmarks.published_emigm import PublishedSampler, training_step
+from mmdiff import rng
+from mmdiff.diffusion.gaussian import Process
+from mmdiff.diffusion.guidance import GuidanceSchedule
+from mmdiff.models.emigm import SIZES
+from mmdiff.models.registry import build
+from mmdiff.sampling import DpmSolver, Independent, LatentBackbone, Random, decode, latent_canvas
+from mmdiff.training.optim import EMA, OptimConfig
+from mmdiff.training.optim import build as build_optimizer
+from mmdiff.training.token_diffusion import TokenDiffusion
+
+ROUNDS, HEAD_STEPS, GUIDANCE, INTERVAL = 2, 8, 4.0, (0.1, 0.3)
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    """Processor seconds of the fastest round."""
+    times = []
+    for _ in range(ROUNDS):
+        start = time.process_time()
+        work()
+        times.append(time.process_time() - start)
+    return min(times)
+
+
+def report(name: str, ours: float, theirs: float, images: int) -> None:
+    """One line."""
+    print(
+        f"{name:<24} ours {ours / images:8.3f} s/image   theirs {theirs / images:8.3f} s/image   x{theirs / ours:.2f}"
+    )
+
+
+def sampling(model: Any, batch: int, steps: int) -> None:
+    """The network and its head; no autoencoder on either side."""
+    labels, draw = torch.arange(batch), rng.generator(0, "benchmark")
+    draws = {
+        "uniform": lambda n: torch.rand(n, generator=draw),
+        "permutation": lambda n: torch.randperm(n, generator=draw),
+        "integer": lambda n: torch.randint(n, (), generator=draw),
+        "normal": lambda *shape: torch.randn(shape, generator=draw),
+    }
+    published = PublishedSampler(model, Process.cosine().betas)
+    c = model.config
+
+    def ours() -> None:
+        decode(
+            LatentBackbone(model),
+            canvas=latent_canvas(labels, torch.zeros(batch, c.tokens, c.token_channels)),
+            schedule=Independent("exp", steps),
+            selector=Random(),
+            sampler=DpmSolver(HEAD_STEPS),
+            guidance=GuidanceSchedule(GUIDANCE, interval=INTERVAL),
+            generators=[rng.generator(i) for i in range(batch)],
+        )
+
+    def theirs() -> None:
+        published.sample(labels, steps, HEAD_STEPS, GUIDANCE, *INTERVAL, draws)
+
+    report("sampling", seconds(ours), seconds(theirs), batch)
+
+
+def training(model: Any, batch: int) -> None:
+    """Forward, backward, AdamW and the average of the weights, at the mean share of masked tokens."""
+    c, draw = model.config, rng.generator(1, "benchmark")
+    model.train()
+    tokens = torch.randn(batch, c.tokens, c.token_channels, generator=draw)
+    labels = torch.arange(batch)
+    mask = rng.permutation(draw, batch, c.tokens) < round(0.855 * c.tokens)
+    objective, process = TokenDiffusion(), Process.cosine()
+    mine = build_optimizer(model, OptimConfig(no_decay=("diffloss",)))
+    average = EMA(model, 10_000, 1000.0)
+    theirs_optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.02)
+    theirs_average = [p.detach().clone() for p in model.parameters()]
+
+    def draws(places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        t = torch.randint(0, len(process), (len(places),), generator=draw)
+        return t, torch.randn(len(places), c.token_channels, generator=draw)
+
+    def step(loss: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 3.0)
+        optimizer.step()
+
+    def ours() -> None:
+        step(objective.loss(model, tokens, labels, mask, torch.ones_like(mask, dtype=torch.float32), draws), mine)
+        average.update(1000, batch)
+
+    def theirs() -> None:
+        step(training_step(model, process, tokens, labels, mask, objective.copies), theirs_optimizer)
+        with torch.no_grad():
+            for kept, p in zip(theirs_average, model.parameters(), strict=True):
+                kept.mul_(0.9999).add_(p, alpha=1 - 0.9999)
+
+    report("training step", seconds(ours), seconds(theirs), batch)
+
+
+def main(size: str = "xsmall-256", batch: str = "2", steps: str = "16") -> None:
+    """Print both ratios."""
+    torch.set_num_threads(1)
+    print(f"{size}, {batch} images, {steps} steps, head {HEAD_STEPS}, float32, 1 thread, torch {torch.__version__}")
+    model = build(SIZES[size], generator=rng.generator(0, "init")).eval()
+    sampling(model, int(batch), int(steps))
+    training(model, int(batch))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

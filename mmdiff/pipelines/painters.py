@@ -1,0 +1,235 @@
+"""What families of image models differ in: the canvas, the parts of the engine, and the way to pixels and back.
+
+A painter is one object per checkpoint; `mmdiff.pipelines.image` does the rest for all of them alike.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from mmdiff.errors import CheckpointError, ConfigError
+from mmdiff.pipelines.base import Checkpoint
+from mmdiff.sampling import Canvas, CodeBackbone, Decoded, LatentBackbone, latent_canvas, layout
+from mmdiff.sampling.image_presets import code_parts, latent_parts
+from mmdiff.sampling.maskgit import ClassCodeBackbone, class_canvas
+from mmdiff.sampling.presets import image_parts
+
+__all__ = ["ClassPainter", "LatentPainter", "Painter", "PromptPainter", "painter_of"]
+
+
+class Painter(Protocol):
+    """Draws with one kind of network.
+
+    Attributes:
+        grid: Tokens per side.
+        backbone: What the engine decodes.
+        prompts: Whether it takes texts (else class numbers).
+        words: Generation words that mean something to it.
+    """
+
+    grid: int
+    backbone: Any
+    prompts: bool
+    words: frozenset[str]
+
+    def encode(self, pixels: Float[Tensor, "B 3 S S"]) -> Tensor:
+        """Tokens of images: codes [B, N] or values [B, N, C]."""
+        ...
+
+    def canvas(self, subjects: Sequence[Any], known: Tensor | None, open_: Bool[Tensor, "B N"]) -> Canvas:
+        """Rows for texts or class numbers; ``known`` holds the tokens that are not open."""
+        ...
+
+    def parts(self, canvas: Canvas, drawn: Any, words: dict[str, Any]) -> dict[str, Any]:
+        """Parts of the engine for what the user said."""
+        ...
+
+    def result(self, decoded: Decoded) -> Tensor:
+        """Codes [B, h, w] or latents [B, C, h, w]."""
+        ...
+
+    def pixels(self, result: Tensor) -> Float[Tensor, "B 3 S S"]:
+        """Images of `result`."""
+        ...
+
+
+def _words(parts: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(parts).parameters)
+
+
+def _any(value: Any) -> Any:
+    return value
+
+
+def painter_of(checkpoint: Checkpoint) -> Painter:
+    """The painter of a checkpoint.
+
+    Raises:
+        CheckpointError: Network and image tokenizer do not belong together.
+    """
+    family = getattr(checkpoint.model.config, "type", "")
+    kinds: dict[str, Any] = {"emigm": LatentPainter, "maskgit": ClassPainter}
+    return kinds.get(family, PromptPainter)(checkpoint)
+
+
+class PromptPainter:
+    """Codes of a network that reads texts; a class is drawn by its name."""
+
+    prompts = True
+    words = _words(image_parts)
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.grid: int = checkpoint.image_tokenizer.grid
+        self.backbone = CodeBackbone(checkpoint.model)
+        self.offset: int = checkpoint.layout.code_offset
+
+    def encode(self, pixels: Float[Tensor, "B 3 S S"]) -> Int[Tensor, "B N"]:
+        """Codes of images."""
+        return self.checkpoint.image_tokenizer.encode(pixels).flatten(1)
+
+    def canvas(self, subjects: Sequence[str], known: Tensor | None, open_: Bool[Tensor, "B N"]) -> Canvas:
+        """The chat that asks for the picture, and the slots of the picture."""
+        from mmdiff.pipelines.prompts import tokenizer_of
+
+        tokenizer, shape = tokenizer_of(self.checkpoint), self.checkpoint.layout
+        chats = [tokenizer.chat([{"role": "user", "content": text}]) for text in subjects]
+        # As in training, guidance drops what the user said and keeps the frame around it.
+        drop = [[c.user_span[0] <= i < c.user_span[1] for i in range(len(c.ids))] for c in chats]
+        ids = torch.zeros_like(open_, dtype=torch.long) if known is None else known.cpu() + shape.code_offset
+        rows = [
+            [None if is_open else code for code, is_open in zip(row, flags, strict=True)]
+            for row, flags in zip(ids.tolist(), open_.tolist(), strict=True)
+        ]
+        return layout(
+            [c.ids for c in chats],
+            rows,
+            mask_id=shape.code_mask_id,
+            pad_id=tokenizer.pad_id,
+            droppable=drop,
+            device=self.checkpoint.device,
+        )
+
+    def parts(self, canvas: Canvas, drawn: Any, words: dict[str, Any]) -> dict[str, Any]:
+        """See `mmdiff.sampling.presets.image_parts`."""
+        return image_parts(slots=_slots(canvas), **words).arguments()
+
+    def result(self, decoded: Decoded) -> Int[Tensor, "B h w"]:
+        """Codes."""
+        return (decoded.tokens - self.checkpoint.layout.code_offset).view(-1, self.grid, self.grid)
+
+    def pixels(self, result: Int[Tensor, "B h w"]) -> Float[Tensor, "B 3 S S"]:
+        """Images of codes."""
+        return self.checkpoint.image_tokenizer.decode(result)
+
+
+class ClassPainter:
+    """Codes of a class-conditional network.
+
+    Raises:
+        CheckpointError: The image tokenizer makes other codes than the network draws.
+    """
+
+    prompts = False
+    words = _words(code_parts)
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint, self.config = checkpoint, _any(checkpoint.model.config)
+        self.grid: int = self.config.grid
+        self.backbone = ClassCodeBackbone(checkpoint.model)
+        tokenizer = checkpoint.image_tokenizer
+        have = (getattr(tokenizer, "grid", None), getattr(tokenizer, "codebook", None))
+        if have != (self.config.grid, self.config.codebook):
+            raise CheckpointError(
+                f"the network draws {self.config.grid} x {self.config.grid} codes of {self.config.codebook:,}, the "
+                f"image tokenizer makes {have[0]} x {have[0]} of {have[1]}: it is not the one the network was trained "
+                "with"
+            )
+
+    def encode(self, pixels: Float[Tensor, "B 3 S S"]) -> Int[Tensor, "B N"]:
+        """Codes of images."""
+        return self.checkpoint.image_tokenizer.encode(pixels).flatten(1)
+
+    def canvas(self, subjects: Sequence[int], known: Tensor | None, open_: Bool[Tensor, "B N"]) -> Canvas:
+        """The class, and the slots of the picture."""
+        device = self.checkpoint.device
+        open_ = open_.to(device)
+        codes = torch.zeros_like(open_, dtype=torch.long) if known is None else known.to(device)
+        return class_canvas(self.backbone, torch.tensor(subjects, device=device), codes, open_)
+
+    def parts(self, canvas: Canvas, drawn: Any, words: dict[str, Any]) -> dict[str, Any]:
+        """See `mmdiff.sampling.image_presets.code_parts`."""
+        halton = self.config.variant == "halton"
+        return code_parts(slots=_slots(canvas), grid=self.grid, halton=halton, **words)
+
+    def result(self, decoded: Decoded) -> Int[Tensor, "B h w"]:
+        """Codes."""
+        return decoded.tokens.clamp_max(self.config.codebook - 1).view(-1, self.grid, self.grid)
+
+    def pixels(self, result: Int[Tensor, "B h w"]) -> Float[Tensor, "B 3 S S"]:
+        """Images of codes."""
+        return self.checkpoint.image_tokenizer.decode(result)
+
+
+class LatentPainter:
+    """Continuous tokens of a class-conditional network.
+
+    Raises:
+        CheckpointError: The autoencoder has other latents than the network draws.
+    """
+
+    prompts = False
+    words = _words(latent_parts)
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint, self.model, self.config = checkpoint, _any(checkpoint.model), _any(checkpoint.model.config)
+        self.grid: int = self.config.grid // self.config.patch
+        self.backbone = LatentBackbone(checkpoint.model)
+        vae = checkpoint.image_tokenizer.config
+        have = (getattr(vae, "channels", None), getattr(vae, "grid", None))
+        if have != (self.config.channels, self.config.grid):
+            raise CheckpointError(
+                f"the network draws latents of {self.config.channels} channels, {self.config.grid} x "
+                f"{self.config.grid}, the autoencoder has {have[0]} channels, {have[1]} x {have[1]}: it is not the one "
+                "the network was trained with"
+            )
+
+    def encode(self, pixels: Float[Tensor, "B 3 S S"]) -> Float[Tensor, "B N C"]:
+        """Tokens of images."""
+        return self.model.patchify(self.checkpoint.image_tokenizer.encode(pixels))
+
+    def canvas(self, subjects: Sequence[int], known: Tensor | None, open_: Bool[Tensor, "B N"]) -> Canvas:
+        """The class, and the slots of the picture."""
+        device, (b, n) = self.checkpoint.device, open_.shape
+        values = torch.zeros(b, n, self.config.token_channels, device=device) if known is None else known.to(device)
+        return latent_canvas(torch.tensor(subjects, device=device), values, open_.to(device))
+
+    def parts(self, canvas: Canvas, drawn: Any, words: dict[str, Any]) -> dict[str, Any]:
+        """See `mmdiff.sampling.image_presets.latent_parts`."""
+        mar = not self.config.tied_null
+        count = self.config.tokens
+        return latent_parts(slots=_slots(canvas), rows=len(canvas), tokens=count, source=drawn, mar=mar, **words)
+
+    def result(self, decoded: Decoded) -> Float[Tensor, "B C h w"]:
+        """Latents in the network's scale."""
+        if decoded.values is None:
+            raise ConfigError("the canvas holds no values")
+        return self.model.unpatchify(decoded.values.float())
+
+    def pixels(self, result: Float[Tensor, "B C h w"]) -> Float[Tensor, "B 3 S S"]:
+        """Images of latents."""
+        vae = self.checkpoint.image_tokenizer
+        return vae.decode(result.to(next(vae.parameters()).dtype)).float()
+
+
+def _slots(canvas: Canvas) -> int:
+    slots = int(canvas.undecided.sum(1).max())
+    if not slots:
+        raise ConfigError("nothing to draw: the mask marks no part of the image")
+    return slots

@@ -1,0 +1,135 @@
+"""Objective of continuous image tokens: a diffusion loss per masked token.
+
+The head runs on masked tokens only (published code runs it on all and multiplies by the mask: the same sum), the last
+decoder block too, the condition of a token is embedded once for all its copies, and each timestep once.
+
+Source: MAR (arXiv 2406.11838), section 4; eMIGM (arXiv 2503.07197), published training code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from mmdiff import rng
+from mmdiff.batch import Batch
+from mmdiff.config import Field, config
+from mmdiff.diffusion import masking
+from mmdiff.diffusion.gaussian import Process
+from mmdiff.diffusion.mask_schedules import GAMMAS, GammaName, independent_masks, shared_mask
+from mmdiff.errors import ConfigError
+from mmdiff.training.losses import Losses
+
+__all__ = ["TokenDiffusion"]
+
+Draws = Callable[[Int[Tensor, "M"]], tuple[Int[Tensor, "M"], Float[Tensor, "M C"]]]
+"""Places (copy, image, token), flattened with copies outermost, to timesteps and noise."""
+
+
+@config
+class TokenDiffusion:
+    """Masked continuous tokens: eMIGM's training, and MAR's."""
+
+    type: Literal["token_diffusion"] = "token_diffusion"
+    """Objective name."""
+    schedule: GammaName = "exp"
+    """Mask schedule gamma(t)."""
+    masks: Literal["shared", "own", "mar"] = "shared"
+    """shared: one time and count for the whole batch, as published for eMIGM; own: a time per image; mar: a share of
+    tokens per image from a normal distribution (mean 1, sd 0.25) cut to [0.7, 1], the largest of the batch for all."""
+    t_min: float = Field(0.2, ge=0, lt=1)
+    """Smaller times are raised to this one (not with mar)."""
+    weighted: bool = False
+    """Weight every token by gamma'(t) / gamma(t), which makes the loss a bound of the likelihood."""
+    copies: int = Field(4, gt=0)
+    """Noise levels drawn per token and step."""
+    drop_label: float = Field(0.1, ge=0, le=1)
+    """Share of images whose class is dropped, so that guidance has an unconditional branch."""
+
+    def __post_init__(self) -> None:
+        if self.weighted and self.masks == "mar":
+            raise ConfigError("objective: weighted needs a mask schedule; mar has none")
+
+    def __call__(self, model: Any, batch: Batch, generator: torch.Generator) -> Losses:
+        """Mean over the masked tokens of the batch."""
+        if batch.latents is None or batch.classes is None:
+            raise ConfigError("objective token_diffusion: needs the task latent (shards made by mmdiff data cache)")
+        tokens = model.patchify(batch.latents)
+        b, n, c = tokens.shape
+        labels = self.dropped(batch.classes, rng.uniform(generator, (b,), device=tokens.device), model.config.classes)
+        mask, p = self.masked(b, n, generator)
+
+        def draws(places: Tensor) -> tuple[Tensor, Tensor]:
+            u = rng.uniform(generator, (len(places),), device=tokens.device)
+            noise = rng.normal(generator, (len(places), c), device=tokens.device)
+            return (u * len(_process())).long(), noise
+
+        total = self.loss(model, tokens, labels, mask.to(tokens.device), p.to(tokens.device), draws)
+        return Losses(total, {"image": (total.detach() * b, b)})
+
+    def masked(
+        self, batch: int, tokens: int, generator: torch.Generator
+    ) -> tuple[Bool[Tensor, "B N"], Float[Tensor, "B N"]]:
+        """(True = masked, the time that weights the loss)."""
+        if self.masks == "mar":
+            return masking.mar_mask(batch, tokens, generator), torch.ones(batch, tokens)
+        draw = shared_mask if self.masks == "shared" else independent_masks
+        return draw(self.schedule, batch, tokens, generator, t_min=self.t_min)
+
+    def dropped(self, labels: Int[Tensor, "B"], u: Float[Tensor, "B"], classes: int) -> Int[Tensor, "B"]:
+        """Labels, some replaced by the number of classes, which means none."""
+        return labels.masked_fill(u < self.drop_label, classes)
+
+    def loss(
+        self,
+        model: Any,
+        tokens: Float[Tensor, "B N C"],
+        labels: Int[Tensor, "B"],
+        mask: Bool[Tensor, "B N"],
+        p: Float[Tensor, "B N"],
+        draws: Draws,
+    ) -> Float[Tensor, ""]:
+        """The loss for given masks, labels and draws.
+
+        Args:
+            model: `EMIGM`, or a network with its ``condition`` and ``head``.
+            tokens: Clean tokens.
+            labels: Classes; the number of classes = none.
+            mask: True = masked.
+            p: Time of each token, for the weight.
+            draws: Timesteps and noise for given places.
+        """
+        b, n, _ = tokens.shape
+        masked = mask.sum(1)
+        low, high = int(masked.min()), int(masked.max())
+        index = mask.byte().argsort(dim=1, descending=True, stable=True)[:, :high]
+        real = mask.gather(1, index)
+        z = model.condition(tokens, mask, labels, index=index, counts=(n - high, n - low))[real]
+        places = (index + n * torch.arange(b, device=index.device)[:, None])[real]
+        copies = torch.arange(self.copies, device=index.device)[:, None] * (b * n)
+        t, noise = draws((places + copies).flatten())
+        clean = tokens.flatten(0, 1)[places].repeat(self.copies, 1)
+        each = _denoising_losses(model.head, clean, z, t, noise, self.copies)
+        if self.weighted:
+            each = each * GAMMAS[self.schedule].weight(p.flatten()[places]).repeat(self.copies)
+        return each.sum() / len(each)
+
+
+def _denoising_losses(head: Any, clean: Tensor, z: Tensor, t: Tensor, noise: Tensor, copies: int) -> Float[Tensor, "M"]:
+    process = _process()
+    noisy = process.noised(clean, t, noise)
+    every = torch.arange(len(process), device=t.device)
+    time = head.time_embed(every.float())[t] if len(t) > len(process) else head.time_embed(t.float())
+    output = head.denoise(noisy, time, head.cond_embed(z).repeat(copies, 1))
+    mse, vb = process.token_losses(output, clean, noisy, t, noise)
+    return mse + vb
+
+
+@cache
+def _process() -> Process:
+    return Process.cosine()
