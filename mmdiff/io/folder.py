@@ -30,7 +30,7 @@ from mmdiff.io.atomic import MANIFEST, load_json, save_json, save_text, verify_m
 from mmdiff.io.bare import GUESSED, guess
 from mmdiff.io.checkpoint import find_root, load_state, match, read_tensors, write_sharded
 from mmdiff.io.layouts import LAYOUTS, detect, hostile_fields
-from mmdiff.io.tensors import Tensors
+from mmdiff.io.tensors import PICKLES, Tensors
 from mmdiff.models.base import PretrainedModule
 from mmdiff.models.registry import FAMILIES, Identity, build, family_of
 from mmdiff.text import Tokenizer
@@ -68,6 +68,8 @@ def identify(path: str | Path, *, root: str | None = None) -> Identity:
     folder = path if path.is_dir() else path.parent
     file = folder / "config.json"
     if not file.is_file() and path.is_file():
+        if path.suffix.lower() not in (".safetensors", *PICKLES):
+            raise CheckpointError(f"{path}: is no weight file, and there is no config.json beside it")
         return _identify_bare(path, root)
     if not file.is_file():
         run = f"; did you mean {folder / 'model'}?" if (folder / "model" / "config.json").is_file() else ""

@@ -222,7 +222,8 @@ class EMIGM(PretrainedModule):
         Raises:
             ConfigError: Shapes or labels that do not fit.
         """
-        tokens = self._tokens(latents)
+        # The tokens of a run stay float32, whatever the precision of the weights.
+        tokens = self._tokens(latents).to(self.fake_latent.dtype)
         known = Known.of(mask, counts)
         return self.decode(self.encode(tokens, mask, labels, known), mask, known, index)
 

@@ -56,9 +56,8 @@ class LatentBackbone:
         """Conditions of the slots ``index``; ``counts`` as in `mmdiff.models.emigm.EMIGM.condition`."""
         assert canvas.values is not None
         start = canvas.start
-        dtype = self.model.fake_latent.dtype
         return self.model.condition(
-            canvas.values[:, start:].to(dtype),
+            canvas.values[:, start:],
             canvas.undecided[:, start:],
             canvas.tokens[:, 0],
             index=index - start,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -152,7 +153,8 @@ def dc_ae_shapes(c: dict[str, Any]) -> Shapes:
     """diffusers' own names, from its class."""
     from diffusers import AutoencoderDC
 
-    given = {k: v for k, v in c.items() if not k.startswith("_") and k != "unknown_field"}
+    known = inspect.signature(AutoencoderDC.__init__).parameters
+    given = {k: v for k, v in c.items() if k in known}
     return {k: tuple(v.shape) for k, v in AutoencoderDC(**given).state_dict().items()}
 
 
