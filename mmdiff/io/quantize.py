@@ -18,6 +18,7 @@ from mmdiff.errors import ConfigError, MissingExtraError
 
 __all__ = ["SCHEMES", "quantize_", "quantized_nbytes"]
 
+_ROWS, _COLUMNS = 32, 64
 _BITS = {"nf4": 4 + 8 / 64 + 32 / (64 * 256), "int8": 8}
 """Bits of a weight: nf4 keeps an 8-bit scale for 64 of them and a 32-bit scale for 256 of those; int8 one per row."""
 
@@ -93,7 +94,9 @@ def _int8(blocks: nn.Module, device: torch.device) -> None:
 
 
 def _linears(blocks: nn.Module) -> list[tuple[str, nn.Linear]]:
-    return [(name, m) for name, m in blocks.named_modules() if isinstance(m, nn.Linear)]
+    """The layers that are quantised; very narrow ones keep their dtype, since kernels take whole blocks."""
+    layers = [(name, m) for name, m in blocks.named_modules() if isinstance(m, nn.Linear)]
+    return [(name, m) for name, m in layers if m.out_features % _ROWS == 0 and m.in_features % _COLUMNS == 0]
 
 
 SCHEMES: dict[str, Callable[[Any, torch.device], None]] = {"nf4": _nf4, "int8": _int8}
