@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "scale": MIDDLE | {"nn", "models"},
     "io": MIDDLE | {"nn", "models"},
     "sampling": MIDDLE | {"nn", "models", "diffusion", "io"},
-    "training": LEAVES | {"batch", "diffusion", "io"},
+    "training": LEAVES | {"batch", "nn", "diffusion", "io"},
     "data_pipelines": MIDDLE,
     "pipelines": MIDDLE | {"models", "diffusion", "io", "sampling"},
     "eval": MIDDLE | {"models", "diffusion", "io", "sampling", "pipelines", "data_pipelines"},

@@ -13,9 +13,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mmdiff import rng
+from mmdiff.batch import IGNORE
 
 __all__ = [
     "EPS",
+    "at_least_one_mask",
+    "complementary_labels",
     "dialogue_causal",
     "dialogue_turns",
     "exact_count_mask",
@@ -23,6 +26,7 @@ __all__ = [
     "mar_mask",
     "mask_probability",
     "masked_share",
+    "spread_times",
     "stratified_times",
     "uniform_count_mask",
 ]
@@ -60,6 +64,17 @@ def stratified_times(u: Float[Tensor, "B"]) -> Float[Tensor, "B"]:
     return (u[0] + torch.arange(len(u), device=u.device) / len(u)) % 1
 
 
+def spread_times(u: Float[Tensor, "*B"]) -> Float[Tensor, "*B"]:
+    """Stratified times: every entry is drawn in a stretch of its own, so that n entries cover the interval evenly.
+
+    >>> spread_times(torch.tensor([0.0, 0.5])).tolist()
+    [0.0, 0.75]
+
+    Source: RADD and MDLM ("antithetic"), BD3-LM over rows and blocks.
+    """
+    return (u + torch.arange(u.numel(), device=u.device).view(u.shape)) / u.numel() % 1
+
+
 def masked_share(u: Float[Tensor, "B"]) -> Float[Tensor, "B"]:
     """Share of image tokens to mask under MaskGIT's cosine schedule, cos(pi/2 u) for uniform u.
 
@@ -74,6 +89,30 @@ def exact_count_mask(
     """Mask ceil(share * n) of a row's n maskable positions, at least one: those with the smallest u."""
     n = maskable.sum(1)
     return _smallest(torch.minimum((share * n).ceil().long().clamp_min(1), n), u, maskable)
+
+
+def at_least_one_mask(p: Float[Tensor, "B"], u: Float[Tensor, "B L"]) -> Bool[Tensor, "B L"]:
+    """Mask each position independently where u <= p, or the one of smallest u where that is nobody.
+
+    Source: LaViDa (arXiv 2505.16839), published training code.
+    """
+    return u <= torch.maximum(p[:, None], u.amin(1, keepdim=True))
+
+
+def complementary_labels(
+    labels: Int[Tensor, "B L"], masked: Bool[Tensor, "B L"], excluded: Bool[Tensor, "B L"]
+) -> Int[Tensor, "b L"]:
+    """What is learnt from two copies of a batch: masked positions in the first, all others in the second.
+
+    Args:
+        labels: Int64 [B, L], `IGNORE` where nothing is learnt.
+        masked: Bool [B, L].
+        excluded: Bool [B, L], positions that are learnt in neither copy, such as placeholders of infilling.
+
+    Source: LaViDa, complementary masking.
+    """
+    learnt = torch.cat([masked & ~excluded, ~masked & ~excluded])
+    return labels.repeat(2, 1).masked_fill(~learnt, IGNORE)
 
 
 def mar_mask(batch: int, tokens: int, source: rng.Source) -> Bool[Tensor, "B N"]:

@@ -7,7 +7,7 @@ recomputed in the backward pass: for a vocabulary of 126,464 the logits never ex
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -17,7 +17,15 @@ from torch.utils.checkpoint import checkpoint
 
 from mmdiff.errors import ConfigError
 
-__all__ = ["chunked_cross_entropy", "cross_entropy", "token_weights"]
+__all__ = [
+    "LengthRule",
+    "chunked_cross_entropy",
+    "cross_entropy",
+    "length_weights",
+    "mean_of",
+    "token_weights",
+    "weighted_mean",
+]
 
 _CHUNK_ELEMENTS = 1 << 24
 """Logits that exist at the same time unless a chunk is asked for: 64 MiB in float32. Half as many are worse on a
@@ -109,3 +117,28 @@ def token_weights(
     """
     total = weights.sum(1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
     return masked * weights / p[:, None] / total
+
+
+LengthRule = Literal["token", "square", "sample"]
+"""How much an answer counts by its length l: its tokens 1, l^(-1/2), or 1 / l each."""
+
+
+def length_weights(lengths: Int[Tensor, "B"], p: Float[Tensor, "B"], rule: LengthRule) -> Float[Tensor, "B"]:
+    """Weight of every masked token of an answer: its length's, divided by the mask probability.
+
+    The loss is the weighted mean, `weighted_mean`, over all tokens of the step.
+
+    Source: LLaDA-o (arXiv 2603.01068), ``len2weight`` of its published code.
+    """
+    exponent = {"token": 0.0, "square": -0.5, "sample": -1.0}[rule]
+    return lengths.to(p.dtype) ** exponent / p
+
+
+def weighted_mean(loss: Float[Tensor, "n"], weights: Float[Tensor, "n"]) -> Float[Tensor, ""]:
+    """Sum of weight times loss over the sum of weights; 0 if there is no weight."""
+    return (weights * loss).sum() / weights.sum().clamp_min(torch.finfo(weights.dtype).tiny)
+
+
+def mean_of(loss: Float[Tensor, "n"]) -> Float[Tensor, ""]:
+    """Plain mean over the positions; 0 if there are none."""
+    return loss.sum() / max(len(loss), 1)

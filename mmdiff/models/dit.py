@@ -19,6 +19,7 @@ from mmdiff.config import Field, config
 from mmdiff.errors import ConfigError
 from mmdiff.models.base import PretrainedModule
 from mmdiff.nn.modulation import MLP, TimeEmbedder, gated, modulate, normed
+from mmdiff.nn.patches import unpatch
 from mmdiff.nn.posemb import sincos_2d
 
 __all__ = ["Config", "DiT"]
@@ -226,9 +227,3 @@ class DiT(PretrainedModule):
 
 
 DiT.Config = Config
-
-
-def unpatch(tokens: Float[Tensor, "B N P"], rows: int, patch: int) -> Float[Tensor, "B C h w"]:
-    """Patch tokens (row of the patch, column of the patch, channel) into an image with ``rows`` rows of patches."""
-    grid = tokens.unflatten(1, (rows, -1)).unflatten(-1, (patch, patch, -1))
-    return grid.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)

@@ -19,9 +19,9 @@ from torch.nn import functional as F
 from mmdiff.config import Field, config
 from mmdiff.errors import ConfigError
 from mmdiff.models.base import PretrainedModule
-from mmdiff.models.dit import unpatch
 from mmdiff.nn.joint import JointBlock
 from mmdiff.nn.modulation import Embedder, TimeEmbedder, modulate, normed
+from mmdiff.nn.patches import unpatch
 from mmdiff.nn.posemb import sincos_2d
 
 __all__ = ["Config", "MMDiT"]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-__all__ = ["sincos_2d", "sinusoid"]
+__all__ = ["grid_rows", "sincos_2d", "sinusoid"]
 
 
 def sincos_2d(width: int, rows: int, columns: int, *, scale: float = 1.0) -> Float[Tensor, "N D"]:
@@ -28,6 +28,24 @@ def sincos_2d(width: int, rows: int, columns: int, *, scale: float = 1.0) -> Flo
     row, column = (_waves(torch.arange(n, dtype=torch.float64) / scale, waves) for n in (rows, columns))
     table = torch.cat((column.expand(rows, -1, -1), row[:, None].expand(-1, columns, -1)), dim=-1)
     return table.flatten(0, 1).float()
+
+
+def grid_rows(rows: int, columns: int, side: int, *, interpolate: bool = False) -> Int[Tensor, "N"]:
+    """Which rows of a learned table of side x side positions the cells of a smaller grid use, row-major.
+
+    Args:
+        rows: Rows of the grid.
+        columns: Columns of the grid.
+        side: Side of the table.
+        interpolate: Spread the grid over the whole table; otherwise it lies in the table's first corner.
+
+    Source: LLaDA-o's published position ids; bounds and places in float32 steps, as published.
+    """
+    if not interpolate:
+        return (torch.arange(rows)[:, None] * side + torch.arange(columns)).flatten()
+    bounds = torch.arange(1 / side, 1.0, 1 / side)
+    row, column = (torch.bucketize(torch.arange(0, 1 - 1e-6, 1 / n), bounds, right=True) for n in (rows, columns))
+    return (row[:, None] * side + column).flatten()
 
 
 def sinusoid(t: Float[Tensor, "*B"], dim: int = 256) -> Float[Tensor, "*B dim"]:

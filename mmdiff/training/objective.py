@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,14 +17,18 @@ from torch.nn import functional as F
 from mmdiff import rng
 from mmdiff.batch import IGNORE, Batch
 from mmdiff.config import Field, config
-from mmdiff.diffusion import masking, objectives
+from mmdiff.diffusion import bounds, masking, noise, objectives
 from mmdiff.errors import ConfigError
-from mmdiff.training.losses import Losses
+from mmdiff.training.block_diffusion import BlockDiffusion
+from mmdiff.training.certainty import CertaintyForcing
+from mmdiff.training.losses import Losses, count_rows, row_sum
 from mmdiff.training.masked_codes import MaskedCodes
 from mmdiff.training.token_diffusion import TokenDiffusion
 
 __all__ = [
     "Autoencoding",
+    "BlockDiffusion",
+    "CertaintyForcing",
     "Contrastive",
     "Losses",
     "Masked",
@@ -58,6 +62,15 @@ class Masked:
     p(t), weight 1 / p, as LLaDA published. Same expectation; for short answers the weights of count stay small."""
     stratified: bool = True
     """Spread the times of a batch evenly (low discrepancy: lower variance, same expectation)."""
+    schedule: Literal["linear", "geometric", "cosine", "cosine-squared", "square", "square-root", "log"] = "linear"
+    """How the share of masked answer tokens grows with t, for ``masking: independent``. linear: LLaDA's, from 0.001 to
+    1; the others as MDLM, RADD and BD3-LM published them, with weight p'(t) / p(t). The bound is the same in
+    expectation; its variance is not."""
+    reduction: Literal["answer", "token", "square"] = "answer"
+    """What an answer of l tokens counts. answer: as much as any other (LLaDA's fine-tuning); token: l times as much
+    (pre-training); square: sqrt(l) times as much, divided by the sum of all weights (LLaDA-o)."""
+    exclude_mask: bool = False
+    """Leave the mask out of the text softmax (MDLM's SUBS, RADD); published LLaDA networks keep it."""
     complementary: bool = False
     """Read every row twice, the second time with the other answer positions masked, and take the plain mean of the
     cross-entropy over all of them: every token is learnt in every step, images are encoded once (LaViDa, arXiv
@@ -82,18 +95,31 @@ class Masked:
         total = hidden.new_zeros(())
         rows_text = noised.labels_text.any(1)
         if bool(text.any()):
-            loss = objectives.chunked_cross_entropy(hidden[text], batch.labels[text], model.text_head)
-            per_row = _row_sum(loss * objectives.token_weights(text, noised.p, weights)[text], text)
-            total = total + self.text_weight * per_row.sum() / rows_text.sum()
-            _count(terms, batch, per_row.detach(), rows_text)
+            loss = objectives.chunked_cross_entropy(hidden[text], batch.labels[text], self._text_head(model))
+            per_row = row_sum(loss * objectives.token_weights(text, noised.p, weights)[text], text)
+            mean = per_row.sum() / rows_text.sum() if self.reduction == "answer" else self._mean(loss, noised, weights)
+            total = total + self.text_weight * mean
+            count_rows(terms, batch, per_row.detach(), rows_text)
         image = noised.image
         if bool(image.any()):
             codes = batch.labels[image] - model.layout().code_offset
             logits = model.code_head(hidden[image]).float()
             loss = F.cross_entropy(logits, codes, reduction="none", label_smoothing=self.label_smoothing)
             total = total + self.image_weight * loss.mean()
-            _count(terms, batch, _row_sum(loss.detach(), image) / image.sum(1).clamp_min(1), image.any(1))
+            count_rows(terms, batch, row_sum(loss.detach(), image) / image.sum(1).clamp_min(1), image.any(1))
         return Losses(total, terms)
+
+    def _text_head(self, model: Any) -> Callable[[Tensor], Tensor]:
+        if not self.exclude_mask:
+            return cast("Callable[[Tensor], Tensor]", model.text_head)
+        return lambda hidden: bounds.without(model.text_head(hidden), _mask_id(model))
+
+    def _mean(self, loss: Tensor, noised: _Noised, weights: Tensor) -> Tensor:
+        """The loss over all answers of the batch, by the weights of their tokens."""
+        if self.reduction == "token":
+            return (loss * (weights / noised.p[:, None])[noised.text]).sum() / weights.sum()
+        of_answer = objectives.length_weights(noised.labels_text.sum(1).clamp_min(1), noised.p, "square")
+        return objectives.weighted_mean(loss, (weights * of_answer[:, None])[noised.text])
 
     def _both_halves(self, model: Any, batch: Batch, noised: _Noised, embeds: Tensor) -> Losses:
         """Mean cross-entropy of answer positions, each masked in one of two copies of its row."""
@@ -106,12 +132,12 @@ class Masked:
         other = torch.where(second[..., None], mask.to(embeds.dtype), torch.where(first[..., None], told, embeds))
         both = torch.cat([first, second])
         hidden = model.hidden(embeds=torch.cat([embeds, other]), valid=batch.valid.repeat(2, 1))
-        loss = objectives.chunked_cross_entropy(hidden[both], batch.labels.repeat(2, 1)[both], model.text_head)
+        loss = objectives.chunked_cross_entropy(hidden[both], batch.labels.repeat(2, 1)[both], self._text_head(model))
         weights = (batch.weights * labels).repeat(2, 1)
-        summed = _row_sum(loss * weights[both], both).unflatten(0, (2, -1)).sum(0)
+        summed = row_sum(loss * weights[both], both).unflatten(0, (2, -1)).sum(0)
         per_row = summed / (batch.weights * labels).sum(1).clamp_min(torch.finfo(weights.dtype).tiny)
         terms: dict[str, tuple[Tensor, int]] = {}
-        _count(terms, batch, per_row.detach(), labels.any(1))
+        count_rows(terms, batch, per_row.detach(), labels.any(1))
         total = summed.sum() / weights[: len(batch)].sum().clamp_min(torch.finfo(weights.dtype).tiny)
         return Losses(self.text_weight * total, terms)
 
@@ -167,12 +193,12 @@ class Contrastive:
         return Losses(loss.mean(), {"pair": (loss.detach().sum(), len(batch))})
 
 
-ObjectiveConfig = Annotated[
-    Masked | Autoencoding | Contrastive | TokenDiffusion | MaskedCodes, Field(discriminator="type")
-]
+AnyObjective = Masked | BlockDiffusion | CertaintyForcing | Autoencoding | Contrastive | TokenDiffusion | MaskedCodes
+
+ObjectiveConfig = Annotated[AnyObjective, Field(discriminator="type")]
 
 
-def build(spec: Masked | Autoencoding | Contrastive | TokenDiffusion | MaskedCodes) -> Objective:
+def build(spec: AnyObjective) -> Objective:
     """The callable of an objective's configuration (the configuration itself)."""
     return spec
 
@@ -183,7 +209,7 @@ class _Noised:
     text: Tensor  # [B, L] bool, masked text targets
     image: Tensor  # [B, L] bool, masked code targets
     labels_text: Tensor  # [B, L] bool, all text targets
-    p: Tensor  # [B], expected or exact share of masked answer positions
+    p: Tensor  # [B], 1 / weight of the bound; of the linear schedule: the share of masked answer positions
 
 
 def _noise(spec: Masked, model: Any, batch: Batch, generator: torch.Generator) -> _Noised:
@@ -202,9 +228,13 @@ def _noise(spec: Masked, model: Any, batch: Batch, generator: torch.Generator) -
     if spec.masking == "count":
         text = masking.uniform_count_mask(t, u, labels_text)
         p = text.sum(1) / labels_text.sum(1).clamp_min(1)
-    else:
+    elif spec.schedule == "linear":
         p = masking.mask_probability(t)
         text = masking.independent_mask(p, u, labels_text)
+    else:
+        gamma, time = noise.NOISES[spec.schedule], masking.mask_probability(t)
+        p = 1 / gamma.weight(time)
+        text = masking.independent_mask(gamma.share(time), u, labels_text)
     image = masking.exact_count_mask(masking.masked_share(t), u, is_code)
     dropped = (drop < spec.drop_prompt)[:, None] & is_code.any(1, keepdim=True) & batch.droppable
     ids = batch.ids.masked_fill(text | dropped, _mask_id(model))
@@ -224,15 +254,3 @@ def _pixels(batch: Batch) -> Tensor:
     if batch.pixels is None:
         raise ValueError("this objective needs a task that yields pixels, such as 'image' or 'pair'")
     return batch.pixels
-
-
-def _row_sum(values: Tensor, where: Tensor) -> Tensor:
-    """Sum values that stand at the True places of [B, L] into their rows, [B]."""
-    return torch.zeros(where.shape, dtype=values.dtype, device=values.device).masked_scatter(where, values).sum(1)
-
-
-def _count(terms: dict[str, tuple[Tensor, int]], batch: Batch, per_row: Tensor, rows: Tensor) -> None:
-    for task in dict.fromkeys(batch.tasks):
-        mine = torch.tensor([t == task for t in batch.tasks], device=rows.device) & rows
-        if bool(mine.any()):
-            terms[task] = (per_row[mine].sum(), int(mine.sum()))
