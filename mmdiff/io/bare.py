@@ -118,6 +118,23 @@ def _llamagen(info: Info) -> dict[str, Any]:
     return {**_convolutional(info, "encoder.conv_blocks."), **tree}
 
 
+def _magvit(info: Info) -> dict[str, Any]:
+    bits = info["quantize.power_vals"].shape[0]
+
+    def side(prefix: str, base: int) -> dict[str, Any]:
+        levels = _depth(info, prefix)
+        widths = [info[f"{prefix}{i}.block.0.conv1.weight"].shape[0] for i in range(levels)]
+        blocks = [_depth(info, f"{prefix}{i}.block.") for i in range(levels)]
+        return {"ch": base, "ch_mult": [w // base for w in widths], "num_res_blocks": blocks, "z_channels": bits}
+
+    first, last = info["encoder.conv_in.weight"].shape[0], info["decoder.conv_out.weight"].shape[1]
+    return {
+        "_class_name": "MAGVITv2",
+        "encoder": side("encoder.down.", first),
+        "decoder": side("decoder.up.", last),
+    }
+
+
 _CLASSES = 1000
 
 GUESSED: dict[str, tuple[str, Callable[[Info], dict[str, Any]]]] = {
@@ -125,6 +142,7 @@ GUESSED: dict[str, tuple[str, Callable[[Info], dict[str, Any]]]] = {
     "MaskGIT-pytorch": ("first_layer.0.weight", _maskgit_v1),
     "Halton-MaskGIT": ("last_norm.norm_final.weight", _maskgit_v2),
     "LlamaGen's tokenizer": ("encoder.conv_blocks.0.res.0.conv1.weight", _llamagen),
+    "MAGVIT-v2": ("quantize.power_vals", _magvit),
     "VQGAN": ("quantize.embedding.weight", _taming),
     "KL-16": ("encoder.down.0.block.0.conv1.weight", _kl),
 }

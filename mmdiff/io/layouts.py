@@ -3,7 +3,7 @@
 Fields of a config.json that make other programs run code (`HOSTILE`) are looked at by nobody here.
 
 Source: the checkpoints' state dicts (LLaDA-8B, LLaDA-1.5, LLaDA-V, iLLaDA, SigLIP 2; eMIGM, MAR, MaskGIT-pytorch,
-Halton-MaskGIT, taming-transformers, LlamaGen).
+Halton-MaskGIT, taming-transformers, LlamaGen, Show-o's MAGVIT-v2).
 """
 
 from __future__ import annotations
@@ -121,6 +121,12 @@ def _emigm_keys(config: emigm.Config) -> KeyMap:
     return KeyMap(("mask_token", "fake_latent"), *_SAME.rules) if config.tied_null else _SAME
 
 
+_MAGVIT = KeyMap(
+    ("encoder.quant_conv.{rest}", "quant_conv.{rest}"),
+    ("decoder.post_quant_conv.{rest}", "post_quant_conv.{rest}"),
+    *_SAME.rules,
+)
+
 _INNER = KeyMap(("{rest}", "net.{rest}"))
 """Modules that hold the published network as a part."""
 
@@ -233,6 +239,14 @@ LAYOUTS: dict[str, Published] = {
         read=published_images.read_vqgan,
         write=published_images.write_llamagen,
         unused=lambda config: (r"quantize\.codebook_used",),
+    ),
+    "magvit-v2": Published(
+        family="magvit",
+        keys=_MAGVIT,
+        detect=published_images.is_magvit,
+        read=published_images.read_magvit,
+        write=published_images.write_magvit,
+        unused=lambda config: (),
     ),
     "siglip": Published(
         family="siglip",

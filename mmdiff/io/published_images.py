@@ -14,19 +14,21 @@ from typing import Any
 
 from mmdiff import config as configs
 from mmdiff.errors import CheckpointError
-from mmdiff.models import emigm, maskgit, vae, vqgan
+from mmdiff.models import emigm, magvit, maskgit, vae, vqgan
 
 __all__ = [
     "is_dc_ae",
     "is_emigm",
     "is_kl",
     "is_llamagen",
+    "is_magvit",
     "is_maskgit_v1",
     "is_maskgit_v2",
     "is_taming",
     "read_dc_ae",
     "read_emigm",
     "read_kl",
+    "read_magvit",
     "read_maskgit_v1",
     "read_maskgit_v2",
     "read_vqgan",
@@ -34,6 +36,7 @@ __all__ = [
     "write_emigm",
     "write_kl",
     "write_llamagen",
+    "write_magvit",
     "write_maskgit_v1",
     "write_maskgit_v2",
     "write_taming",
@@ -219,6 +222,36 @@ def write_llamagen(config: vqgan.Config) -> dict[str, Any]:
     """Options of LlamaGen's tokenizer."""
     tree = {"z_channels": config.features, "n_embed": config.codebook, "codebook_embed_dim": config.code_channels}
     return {**_convolutional_tree(config), **tree}
+
+
+def is_magvit(tree: Tree) -> bool:
+    """Whether this is the configuration of Show-o's MAGVIT-v2."""
+    return tree.get("_class_name") == "MAGVITv2"
+
+
+def read_magvit(tree: Tree, special: Mapping[str, int]) -> magvit.Config:
+    """Configuration of MAGVIT-v2; the published file names no sizes, which means the defaults."""
+    fields = {"width": "ch", "multipliers": "ch_mult", "blocks": "num_res_blocks"}
+    values: dict[str, Any] = {}
+    for side in ("encoder", "decoder"):
+        if side in tree:
+            values[side] = {ours: _need(tree[side], theirs) for ours, theirs in fields.items()}
+            values["bits"] = _need(tree[side], "z_channels")
+    if "encoder" in tree:
+        factor = 2 ** (len(values["encoder"]["multipliers"]) - 1)
+        values["image_size"] = tree.get("resolution", factor * max(1, _NOMINAL // factor))
+    return configs.parse(magvit.Config, values, "config.json")
+
+
+def write_magvit(config: magvit.Config) -> dict[str, Any]:
+    """Configuration of MAGVIT-v2 under published names."""
+
+    def side(part: magvit.Side) -> dict[str, Any]:
+        sizes = {"ch": part.width, "ch_mult": list(part.multipliers), "num_res_blocks": list(part.blocks)}
+        return {**sizes, "z_channels": config.bits}
+
+    sides = {"encoder": side(config.encoder), "decoder": side(config.decoder)}
+    return {"_class_name": "MAGVITv2", **sides, "resolution": config.image_size}
 
 
 _DC_FIELDS = {

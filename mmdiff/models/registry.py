@@ -21,6 +21,7 @@ from mmdiff.models import (
     emigm,
     llada,
     llada_v,
+    magvit,
     masked_mmdit,
     maskgit,
     mmdit,
@@ -121,6 +122,9 @@ FAMILIES: dict[str, Family] = {
     "vqgan": Family(
         config=vqgan.Config, module=vqgan.VQGAN, summary="discrete image tokenizer (VQGAN, arXiv 2012.09841)"
     ),
+    "magvit": Family(
+        config=magvit.Config, module=magvit.MAGVIT, summary="discrete image tokenizer (MAGVIT-v2, arXiv 2310.05737)"
+    ),
     "siglip": Family(
         config=vision.Config, module=vision.SiglipTower, summary="vision tower (SigLIP 2, arXiv 2502.14786)"
     ),
@@ -153,6 +157,7 @@ ModelConfig = Annotated[
     | vae.Config
     | vae.DCConfig
     | vqgan.Config
+    | magvit.Config
     | vision.Config
     | scorer.Config
     | dit.Config

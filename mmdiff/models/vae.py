@@ -76,8 +76,9 @@ class KLVAE(PretrainedModule):
     def __init__(self, config: Config, *, generator: torch.Generator | None = None) -> None:
         super().__init__()
         self.config = c = config
-        self.encoder = Encoder(c.width, c.multipliers, c.blocks, 2 * c.channels, c.attention_levels)
-        self.decoder = Decoder(c.width, c.multipliers, c.blocks, c.channels, ())
+        levels = len(c.multipliers)
+        self.encoder = Encoder(c.width, c.multipliers, [c.blocks] * levels, 2 * c.channels, c.attention_levels)
+        self.decoder = Decoder(c.width, c.multipliers, [c.blocks + 1] * levels, c.channels, ())
         self.quant_conv = nn.Conv2d(2 * c.channels, 2 * c.channels, 1)
         self.post_quant_conv = nn.Conv2d(c.channels, c.channels, 1)
         if generator is not None:

@@ -75,8 +75,9 @@ class VQGAN(PretrainedModule):
     def __init__(self, config: Config, *, generator: torch.Generator | None = None) -> None:
         super().__init__()
         self.config = c = config
-        self.encoder = Encoder(c.width, c.multipliers, c.blocks, c.features, c.attention_levels)
-        self.decoder = Decoder(c.width, c.multipliers, c.blocks, c.features, c.attention_levels)
+        levels = len(c.multipliers)
+        self.encoder = Encoder(c.width, c.multipliers, [c.blocks] * levels, c.features, c.attention_levels)
+        self.decoder = Decoder(c.width, c.multipliers, [c.blocks + 1] * levels, c.features, c.attention_levels)
         self.quantize = nn.ModuleDict({"embedding": nn.Embedding(c.codebook, c.code_channels)})
         self.quant_conv = nn.Conv2d(c.features, c.code_channels, 1)
         self.post_quant_conv = nn.Conv2d(c.code_channels, c.features, 1)

@@ -116,19 +116,21 @@ class Encoder(nn.Module):
     Args:
         width: Channels of the first level.
         multipliers: Width of each level, as a multiple; every level but the last halves the resolution.
-        blocks: Residual blocks per level.
+        blocks: Residual blocks of each level.
         out: Channels of the result.
         attention: Levels with attention, 0 the highest resolution.
     """
 
-    def __init__(self, width: int, multipliers: Sequence[int], blocks: int, out: int, attention: Sequence[int]) -> None:
+    def __init__(
+        self, width: int, multipliers: Sequence[int], blocks: Sequence[int], out: int, attention: Sequence[int]
+    ) -> None:
         super().__init__()
         widths = [width * m for m in multipliers]
         self.conv_in = nn.Conv2d(3, width, 3, padding=1)
         self.down = nn.ModuleList()
         for i, (before, now) in enumerate(zip([width, *widths], widths, strict=False)):
             last = i + 1 == len(widths)
-            self.down.append(Level([before, *[now] * blocks], attention=i in attention, down=not last))
+            self.down.append(Level([before, *[now] * blocks[i]], attention=i in attention, down=not last))
         self.mid = Middle(widths[-1])
         self.norm_out, self.conv_out = _norm(widths[-1]), nn.Conv2d(widths[-1], out, 3, padding=1)
 
@@ -141,10 +143,10 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Features to pixels; one residual block more per level than the encoder. Arguments as in `Encoder`."""
+    """Features to pixels; arguments as in `Encoder`."""
 
     def __init__(
-        self, width: int, multipliers: Sequence[int], blocks: int, channels: int, attention: Sequence[int]
+        self, width: int, multipliers: Sequence[int], blocks: Sequence[int], channels: int, attention: Sequence[int]
     ) -> None:
         super().__init__()
         widths = [width * m for m in multipliers]
@@ -152,7 +154,7 @@ class Decoder(nn.Module):
         self.mid = Middle(widths[-1])
         self.up = nn.ModuleList()
         for i, (now, below) in enumerate(zip(widths, [*widths[1:], widths[-1]], strict=True)):
-            self.up.append(Level([below, *[now] * (blocks + 1)], attention=i in attention, up=i > 0))
+            self.up.append(Level([below, *[now] * blocks[i]], attention=i in attention, up=i > 0))
         self.norm_out, self.conv_out = _norm(widths[0]), nn.Conv2d(widths[0], 3, 3, padding=1)
 
     def forward(self, features: Float[Tensor, "B C h w"]) -> Float[Tensor, "B 3 H W"]:

@@ -158,6 +158,37 @@ def dc_ae_shapes(c: dict[str, Any]) -> Shapes:
     return {k: tuple(v.shape) for k, v in AutoencoderDC(**given).state_dict().items()}
 
 
+def magvit_shapes(c: dict[str, Any]) -> Shapes:
+    """Two halves with block counts of their own, and two buffers."""
+    e, d = c["encoder"], c["decoder"]
+    bits, widths = e["z_channels"], [e["ch"] * m for m in e["ch_mult"]]
+    out = affine("encoder.conv_in", e["ch"], 3, 3, 3)
+    before = e["ch"]
+    for i, width in enumerate(widths):
+        for j in range(e["num_res_blocks"][i]):
+            out |= resnet(f"encoder.down.{i}.block.{j}", before, width)
+            before = width
+        if i + 1 < len(widths):
+            out |= affine(f"encoder.down.{i}.downsample.conv", width, width, 3, 3)
+    out |= affine("encoder.norm_out", before) | affine("encoder.conv_out", bits, before, 3, 3)
+    out |= affine("encoder.quant_conv", bits, bits, 1, 1) | affine("decoder.post_quant_conv", bits, bits, 1, 1)
+    top, widths = before, [d["ch"] * m for m in d["ch_mult"]]
+    before = widths[-1]
+    out |= affine("decoder.conv_in", before, bits, 3, 3)
+    for side, width in (("encoder", top), ("decoder", before)):
+        for part in ("block_1", "block_2"):
+            out |= resnet(f"{side}.mid.{part}", width, width)
+        out |= attention(f"{side}.mid.attn_1", width)
+    for i in reversed(range(len(widths))):
+        for j in range(d["num_res_blocks"][i]):
+            out |= resnet(f"decoder.up.{i}.block.{j}", before, widths[i])
+            before = widths[i]
+        if i:
+            out |= affine(f"decoder.up.{i}.upsample.conv", before, before, 3, 3)
+    out |= affine("decoder.norm_out", before) | affine("decoder.conv_out", 3, before, 3, 3)
+    return out | {"quantize.embedding": (2**bits, bits), "quantize.power_vals": (bits,)}
+
+
 SHAPES: dict[str, Callable[[dict[str, Any]], Shapes]] = {
     "emigm": emigm_shapes,
     "maskgit-v1": maskgit_v1_shapes,
@@ -166,4 +197,5 @@ SHAPES: dict[str, Callable[[dict[str, Any]], Shapes]] = {
     "dc-ae": dc_ae_shapes,
     "taming": vq_shapes,
     "llamagen": vq_shapes,
+    "magvit-v2": magvit_shapes,
 }

@@ -127,6 +127,13 @@ TAMING: dict[str, Any] = {"ch": 32, "ch_mult": [1, 1], "n_embed": 7, "embed_dim"
 
 LLAMAGEN: dict[str, Any] = {"ch": 32, "ch_mult": [1, 1], "n_embed": 7, "z_channels": 5}
 
+MAGVIT: dict[str, Any] = {
+    "_class_name": "MAGVITv2",
+    "encoder": {"ch": 32, "ch_mult": [1, 2], "num_res_blocks": [2, 1], "z_channels": 3},
+    "decoder": {"ch": 32, "ch_mult": [1, 1], "num_res_blocks": [1, 2], "z_channels": 3},
+    "resolution": 8,
+}
+
 DC_AE: dict[str, Any] = {
     "_class_name": "AutoencoderDC",
     "in_channels": 3,
@@ -159,6 +166,7 @@ CONFIGS = {
     "dc-ae": DC_AE,
     "taming": TAMING,
     "llamagen": LLAMAGEN,
+    "magvit-v2": MAGVIT,
     "siglip": SIGLIP,
     "dit": diffusion.DIT,
     "sd3": diffusion.SD3,

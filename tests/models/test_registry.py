@@ -17,6 +17,7 @@ from mmdiff.models import (
     emigm,
     llada,
     llada_v,
+    magvit,
     masked_mmdit,
     maskgit,
     mmdit,
@@ -97,6 +98,10 @@ TREES = {
         "code_channels": 3,
         "attention_levels": [],
     },
+    "magvit": {
+        **{"type": "magvit", "image_size": 8, "bits": 3},
+        **{side: {"width": 32, "multipliers": [1, 1], "blocks": [1, 1]} for side in ("encoder", "decoder")},
+    },
     "siglip": {"type": "siglip", **VISION},
     "scorer": {"type": "scorer", "vocab_size": 20, "image_size": 16, "widths": [8, 16], "width": 8},
     "dit": {"type": "dit", "image_size": 4, "width": 16, "depth": 2, "heads": 2, "ffn_width": 32, "classes": 3},
@@ -145,6 +150,7 @@ def assert_same(left: nn.Module, right: nn.Module) -> None:
         (vae.DCConfig(), 323_356_460),
         (vqgan.Config(), 72_141_699),
         (vqgan.Config(codebook=16384, code_channels=8, normalised=True), 71_883_403),
+        (magvit.Config(), 95_387_004),
     ],
 )
 def test_full_size_networks_have_the_published_parameter_counts(full, parameters):
@@ -325,6 +331,6 @@ def test_every_family_is_in_the_table_and_in_the_union():
     assert [FAMILIES[n].config for n in FAMILIES] == [
         *(m.Config for m in (llada, llada_v, unified, vq, emigm, maskgit, vae)),
         vae.DCConfig,
-        *(m.Config for m in (vqgan, vision, scorer, dit, mmdit, masked_mmdit)),
+        *(m.Config for m in (vqgan, magvit, vision, scorer, dit, mmdit, masked_mmdit)),
     ]
     assert all(configs.to_dict(c)["type"] == name for name, c in CONFIGS.items())
