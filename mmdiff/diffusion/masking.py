@@ -26,6 +26,7 @@ __all__ = [
     "mar_mask",
     "mask_probability",
     "masked_share",
+    "permuted_mask",
     "spread_times",
     "stratified_times",
     "uniform_count_mask",
@@ -89,6 +90,15 @@ def exact_count_mask(
     """Mask ceil(share * n) of a row's n maskable positions, at least one: those with the smallest u."""
     n = maskable.sum(1)
     return _smallest(torch.minimum((share * n).ceil().long().clamp_min(1), n), u, maskable)
+
+
+def permuted_mask(share: Float[Tensor, "B"], order: Int[Tensor, "B N"]) -> Bool[Tensor, "B N"]:
+    """Mask round(share * N) positions, at least one: those whose number in a permutation is below the count.
+
+    Source: Show-o and MMaDA, published masking of image tokens (halves round to even).
+    """
+    count = (order.shape[1] * share).round().clamp_min(1)
+    return order < count[:, None]
 
 
 def at_least_one_mask(p: Float[Tensor, "B"], u: Float[Tensor, "B L"]) -> Bool[Tensor, "B L"]:

@@ -34,6 +34,9 @@ class Canvas:
         start: Number of slots before the first that was laid out for generation.
         order: Int32 [B, T]; number of the pass that wrote the slot, -1 before.
         droppable: Bool [B, T]; slots that guidance replaces by the mask id in its unconditional branch.
+        null: Int64 [B, T]; what stands at droppable slots in that branch instead, for networks that learnt an empty
+            prompt; None = the mask id.
+        null_valid: Bool [B, T]; which slots are real there; given with ``null``.
         embeds: Float [B, T, D]; input embeddings of the slots in ``given`` (image features).
         given: Bool [B, T]; slots whose input is ``embeds`` instead of the embedding of ``tokens``.
         low: Int64 [B or 1, T]; smallest id a slot may take; None = any.
@@ -50,6 +53,8 @@ class Canvas:
     start: int
     order: Int[Tensor, "B T"]
     droppable: Bool[Tensor, "B T"]
+    null: Int[Tensor, "B T"] | None = None
+    null_valid: Bool[Tensor, "B T"] | None = None
     embeds: Float[Tensor, "B T D"] | None = None
     given: Bool[Tensor, "B T"] | None = None
     low: Int[Tensor, "#B T"] | None = None
@@ -127,6 +132,7 @@ def layout(
     mask_id: int,
     pad_id: int = 0,
     droppable: Sequence[Sequence[bool]] | None = None,
+    nulls: Sequence[Sequence[int]] | None = None,
     device: torch.device | str = "cpu",
 ) -> Canvas:
     """Lay rows out: prompts padded on the left, then the generated part padded on the right.
@@ -137,6 +143,7 @@ def layout(
         mask_id: Id of an undecided slot.
         pad_id: Id at padding slots (never attended).
         droppable: Per row one flag per prompt id; None = all of the prompt.
+        nulls: Per row the prompt that stands in the place of the whole prompt when guidance drops it.
         device: Where the tensors go.
 
     Raises:
@@ -146,7 +153,7 @@ def layout(
         raise ConfigError(
             f"{len(prompts)} prompts for {len(generated)} rows to generate; give one per row, at least one"
         )
-    start = max(len(p) for p in prompts)
+    start = max(len(p) for p in [*prompts, *(nulls or ())])
     width = max(len(g) for g in generated)
     tokens, valid, undecided, drop = [], [], [], []
     for row, (prompt, slots) in enumerate(zip(prompts, generated, strict=True)):
@@ -157,9 +164,12 @@ def layout(
         undecided.append([False] * start + [s is None for s in slots] + [False] * right)
         flags = [True] * len(prompt) if droppable is None else [bool(d) for d in droppable[row]]
         drop.append([False] * left + flags + [False] * width)
-    real, masks = torch.tensor(valid), torch.tensor(undecided)
+    real, masks, ids = torch.tensor(valid), torch.tensor(undecided), torch.tensor(tokens)
+    null, null_valid = (None, None) if nulls is None else _nulls(nulls, ids, real, start, pad_id)
+    if nulls is not None:
+        drop = [[True] * start + [False] * width] * len(prompts)
     return Canvas(
-        tokens=torch.tensor(tokens),
+        tokens=ids,
         undecided=masks,
         frozen=~masks,
         valid=real,
@@ -167,7 +177,21 @@ def layout(
         start=start,
         order=torch.full(masks.shape, -1, dtype=torch.int32),
         droppable=torch.tensor(drop),
+        null=null,
+        null_valid=null_valid,
     ).to(device)
+
+
+def _nulls(
+    nulls: Sequence[Sequence[int]], tokens: Int[Tensor, "B T"], valid: Bool[Tensor, "B T"], start: int, pad_id: int
+) -> tuple[Int[Tensor, "B T"], Bool[Tensor, "B T"]]:
+    """Ids and real slots of the rows with other prompts."""
+    ids, real = tokens.clone(), valid.clone()
+    for row, prompt in enumerate(nulls):
+        left = start - len(prompt)
+        ids[row, :start] = torch.tensor([pad_id] * left + list(prompt))
+        real[row, :start] = torch.arange(start) >= left
+    return ids, real
 
 
 @runtime_checkable

@@ -61,7 +61,16 @@ class Cfg:
 
 
 def without_condition(canvas: Canvas, null_id: int) -> Canvas:
-    """The canvas whose droppable slots hold ``null_id``; image features there are dropped too."""
-    tokens = canvas.tokens.masked_fill(canvas.droppable, null_id)
+    """The canvas without its condition.
+
+    Droppable slots hold ``null_id``, or what the canvas says stands there then, which may be a shorter or longer text;
+    image features there are dropped too.
+    """
     given = None if canvas.given is None else canvas.given & ~canvas.droppable
-    return dataclasses.replace(canvas, tokens=tokens, given=given)
+    if canvas.null is None or canvas.null_valid is None:
+        tokens = canvas.tokens.masked_fill(canvas.droppable, null_id)
+        return dataclasses.replace(canvas, tokens=tokens, given=given)
+    tokens = torch.where(canvas.droppable, canvas.null, canvas.tokens)
+    valid = torch.where(canvas.droppable, canvas.null_valid, canvas.valid)
+    positions = (valid.long().cumsum(1) - 1).clamp(min=0)
+    return dataclasses.replace(canvas, tokens=tokens, valid=valid, positions=positions, given=given)

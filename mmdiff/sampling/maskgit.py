@@ -191,19 +191,27 @@ class HaltonCounts:
         return _differences(self.curve(masks, steps), masks, False)
 
 
+_SIGMOID_END = 1 / (1 + math.exp(-3))
+"""Value at the end of the stretch from -3 to 3."""
+
+
 @dataclass(frozen=True)
 class MaskRatio:
     """Counts by the original MaskGIT: after step k of n a share f(k/n) of the tokens stays masked.
 
     Attributes:
         steps: Passes.
-        method: ``cosine``, ``uniform``, ``log``, ``exp``, or ``pow`` with an exponent such as ``pow2.5``.
+        method: ``cosine``, ``uniform``, ``sigmoid``, ``log``, ``exp``, or ``pow`` with an exponent such as ``pow2.5``.
+        tokens: Number that the share is taken of, as Show-o and MMaDA take the whole image's even if a part of it is
+            given; None: the masks at the start.
 
-    Source: MaskGIT (arXiv 2202.04200), published code's behaviour.
+    Source: MaskGIT (arXiv 2202.04200), Show-o (arXiv 2408.12528) and MMaDA (arXiv 2505.15809), published code's
+        behaviour.
     """
 
     steps: int
     method: str = "cosine"
+    tokens: int | None = None
 
     def share(self, ratio: Float[Tensor, "*S"], masks: int) -> Float[Tensor, "*S"]:
         """Share that stays masked, in [1e-6, 1]."""
@@ -214,6 +222,7 @@ class MaskRatio:
             curves: dict[str, Callable[[Tensor], Tensor]] = {
                 "uniform": lambda r: 1 - r,
                 "cosine": lambda r: torch.cos(math.pi / 2 * r),
+                "sigmoid": lambda r: (_SIGMOID_END - torch.sigmoid(6 * r - 3)) / (2 * _SIGMOID_END - 1),
                 "log": lambda r: -torch.log2(r) / bits,
                 "exp": lambda r: 1 - torch.exp2(-bits * (1 - r)),
             }
@@ -222,9 +231,9 @@ class MaskRatio:
 
     def keep(self, masks: int, steps: int) -> list[int]:
         """Tokens that stay masked after each pass, at least one, at least one fewer than before."""
-        left, out = masks, []
+        left, out, whole = masks, [], masks if self.tokens is None else self.tokens
         for share in self.share(torch.tensor([(k + 1) / steps for k in range(steps)]), masks):
-            left = max(1, min(left - 1, int((masks * share).floor())))
+            left = max(1, min(left - 1, int((whole * share).floor())))
             out.append(left)
         return out
 

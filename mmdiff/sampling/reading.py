@@ -46,14 +46,15 @@ class Reader:
         self._passes = 0
         self._window: tuple[tuple[int, int], ...] = ()
         self._index = torch.empty(0, 0, dtype=torch.long)
-        self.branches = 1 if guidance is None else len(guidance.branches(canvas.select(_head(canvas)), 0))
+        views = [canvas] if guidance is None else guidance.branches(canvas, 0)
+        self.branches = len(views)
         if cache is None:
             return
         layers = getattr(backbone, "layers", 0)
         if not layers:
             raise ConfigError(f"{type(backbone).__name__} keeps no keys and values: decode it without a cache")
         self._held = list(range(len(canvas)))
-        self._store = cache.open(layers, canvas.valid.repeat(self.branches, 1), canvas.start)
+        self._store = cache.open(layers, torch.cat([v.valid for v in views]), canvas.start)
         blocks = torch.arange(max(1, int(numbers.max()) + 1), device=numbers.device)
         # Widths of all windows, read once, so that no pass has to wait for the device to say how wide it is.
         self._spans = torch.stack([cache.slots(self._numbers, b.view(1, 1)).sum(1) for b in blocks]).tolist()
@@ -135,7 +136,3 @@ class Reader:
         count = len(self._held)
         places = [branch * count + at[n] for branch in range(self.branches) for n in numbers]
         return torch.tensor(places, device=device)
-
-
-def _head(canvas: Canvas) -> Int[Tensor, "1"]:
-    return torch.zeros(1, dtype=torch.long, device=canvas.tokens.device)

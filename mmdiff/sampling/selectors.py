@@ -165,12 +165,14 @@ class RandomTopK:
         anneal: How it falls with the share r of steps done, this one included: ``linear`` T (1 - r) as MaskGIT,
             ``compound`` the running product of (1 - r) as MMaDA, ``constant`` as Lumina-DiMOO; ``before`` T (1 - r)
             with r the share of the other steps that are done, as MaskGIT's PyTorch reproduction.
+        passes: Steps in all; None: as many as the schedule needs, which may be fewer than were asked for.
 
     Source: MaskGIT (arXiv 2202.04200); MMaDA (arXiv 2505.15809); Lumina-DiMOO (arXiv 2510.06308).
     """
 
     temperature: float
     anneal: Literal["linear", "compound", "constant", "before"] = "linear"
+    passes: int | None = None
     counts = True
 
     def select(self, proposal: Proposal, candidates: Bool[Tensor, "B q"], turn: Turn) -> Bool[Tensor, "B q"]:
@@ -180,7 +182,8 @@ class RandomTopK:
     def score(self, proposal: Proposal, turn: Turn) -> Float[Tensor, "B q"]:
         """Log-probability with noise."""
         noise = turn.draw.gumbel()
-        weights = [self.temperature * self.share(j, s) for j, s in zip(turn.step, turn.steps, strict=True)]
+        steps = turn.steps if self.passes is None else [self.passes] * len(turn.steps)
+        weights = [self.temperature * self.share(j, s) for j, s in zip(turn.step, steps, strict=True)]
         weight = torch.tensor(weights, dtype=noise.dtype).to(noise.device, non_blocking=True)
         return proposal.log_prob + weight[:, None] * noise
 
