@@ -37,6 +37,8 @@ class Layout:
         image_size: Side of the square input of the vision tower, pixels.
         codes: Image tokens per image, 0 if the model does not draw.
         codebook: K, number of image codes.
+        code_mask: Id of a masked image code where it is not the id behind the last code.
+        reads_codes: Whether the model reads images as codes of its image tokenizer.
         latents: (C, h, w) of the latents of a model with continuous image tokens; empty for others.
         classes: Number of classes of a class-conditional model, 0 for others.
         tiling: How pictures become crops, an `mmdiff.images.Tiling`; None: every picture is one square.
@@ -48,6 +50,8 @@ class Layout:
     image_size: int = 64
     codes: int = 0
     codebook: int = 0
+    code_mask: int | None = None
+    reads_codes: bool = False
     latents: tuple[int, ...] = ()
     classes: int = 0
     tiling: Any = None
@@ -61,7 +65,7 @@ class Layout:
     @property
     def code_mask_id(self) -> int:
         """Id of a masked image code."""
-        return self.vocab_size + self.codebook
+        return self.vocab_size + self.codebook if self.code_mask is None else self.code_mask
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mmdiff.io import published, published_diffusion, published_images, published_vision
+from mmdiff.io import published, published_diffusion, published_images, published_unified, published_vision
 from mmdiff.io.keymap import KeyMap
 from mmdiff.models import emigm, llada, vision, vqgan
 
@@ -98,6 +98,9 @@ _LLADA_V = KeyMap(
     ("model.image_newline", "newline"),
 )
 
+_IN_VOCABULARY = KeyMap(*((theirs, f"language.{ours}") for theirs, ours in _OLMO.rules))
+"""Networks whose image codes are rows of LLaDA's own tables."""
+
 _SIGLIP = KeyMap(("vision_model.{rest}", "{rest}"))
 
 _ROTARY = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
@@ -172,6 +175,14 @@ LAYOUTS: dict[str, Published] = {
         read=published.read_olmo,
         write=published.write_olmo,
         unused=_unused_olmo,
+    ),
+    "mmada": Published(
+        family="mmada",
+        keys=_IN_VOCABULARY,
+        detect=published_unified.is_mmada,
+        read=published_unified.read_mmada,
+        write=published_unified.write_mmada,
+        unused=lambda config: _unused_olmo(config.language),
     ),
     "llama": Published(
         family="llada",

@@ -24,6 +24,7 @@ from mmdiff.models import (
     magvit,
     masked_mmdit,
     maskgit,
+    mmada,
     mmdit,
     scorer,
     unified,
@@ -98,6 +99,11 @@ FAMILIES: dict[str, Family] = {
         module=unified.Unified,
         summary="masked-diffusion model that reads images, answers in text, and draws",
     ),
+    "mmada": Family(
+        config=mmada.Config,
+        module=mmada.MMaDA,
+        summary="masked-diffusion model over text and image codes in one vocabulary (MMaDA, arXiv 2505.15809)",
+    ),
     "vq": Family(
         config=vq.Config,
         module=vq.VQ,
@@ -151,6 +157,7 @@ ModelConfig = Annotated[
     llada.Config
     | llada_v.Config
     | unified.Config
+    | mmada.Config
     | vq.Config
     | emigm.Config
     | maskgit.Config

@@ -30,8 +30,8 @@ _CLASS_FAMILIES = ("emigm", "maskgit")
 """Families that draw classes by number."""
 
 _WHY_NOT = {
-    "caption": "it has no vision tower",
-    "ask": "it has no vision tower",
+    "caption": "it has no vision tower, and no image tokenizer to read pictures with (give image_tokenizer=)",
+    "ask": "it has no vision tower, and no image tokenizer to read pictures with (give image_tokenizer=)",
     "text_image": "it has no image codes, or no image tokenizer (in the folder, or given as image_tokenizer=)",
     "class_image": "it does not draw, or lacks an image tokenizer (give image_tokenizer=) or classes.json",
     "generate_text": "it has no text head or no tokenizer.json",
@@ -76,7 +76,8 @@ class Checkpoint:
             can |= {"generate_text", "infill"}
             template = self.tokenizer.has_template
             can |= {"chat"} if template else set()
-            if self.layout.features and template:
+            reads = self.layout.features or (self.layout.reads_codes and self.image_tokenizer is not None)
+            if reads and template:
                 can |= {"caption", "ask"}
             if self.layout.codes and template and self.image_tokenizer is not None:
                 can |= {"text_image", "class_image"} if self.classes else {"text_image"}

@@ -110,7 +110,7 @@ class ImageGenerator(Pipeline):
             ConfigError: A mask that marks nothing, or options that contradict each other.
         """
         items, many = zip_batches(image=image, mask=mask, prompt=prompt_or_label, seed=seed)
-        size, grid = self.checkpoint.image_tokenizer.config.image_size, self.painter.grid
+        size, grid = self.painter.size, self.painter.grid
         pixels = torch.stack([to_pixels(i, size) for i, *_ in items])
         redraw = torch.stack([_mask(m, size) for _, m, *_ in items])
         cells = redraw.view(-1, grid, size // grid, grid, size // grid).any(dim=4).any(dim=2).flatten(1)
@@ -159,8 +159,9 @@ class ImageGenerator(Pipeline):
 
     def _frame(self, canvas: Canvas, trace: Trace) -> Tensor:
         """Float [B, 3, S, S]; what is decided, on grey."""
-        masked = canvas.undecided[:, canvas.start :]
-        tokens = canvas.tokens[:, canvas.start :].masked_fill(masked, getattr(self.painter, "offset", 0))
+        open_ = canvas.undecided[:, canvas.start :]
+        tokens = canvas.tokens[:, canvas.start :].masked_fill(open_, getattr(self.painter, "offset", 0))
+        masked = open_[:, self.painter.cells]
         values = None if canvas.values is None else canvas.values[:, canvas.start :]
         pixels = self.painter.pixels(self.painter.result(Decoded(tokens, canvas, trace, values))).float().cpu()
         cell = pixels.shape[-1] // self.painter.grid

@@ -20,7 +20,7 @@ from mmdiff.sampling.image_presets import code_parts, latent_parts
 from mmdiff.sampling.maskgit import ClassCodeBackbone, class_canvas
 from mmdiff.sampling.presets import image_parts
 
-__all__ = ["ClassPainter", "LatentPainter", "Painter", "PromptPainter", "painter_of"]
+__all__ = ["ClassPainter", "LatentPainter", "Painter", "PromptPainter", "painter_of", "slots_of", "words_of"]
 
 
 class Painter(Protocol):
@@ -28,12 +28,16 @@ class Painter(Protocol):
 
     Attributes:
         grid: Tokens per side.
+        size: Pixels per side.
+        cells: Slots of the image's tokens among those behind the prompt, in row-major order; a slice or their numbers.
         backbone: What the engine decodes.
         prompts: Whether it takes texts (else class numbers).
         words: Generation words that mean something to it.
     """
 
     grid: int
+    size: int
+    cells: Any
     backbone: Any
     prompts: bool
     words: frozenset[str]
@@ -59,7 +63,8 @@ class Painter(Protocol):
         ...
 
 
-def _words(parts: Callable[..., Any]) -> frozenset[str]:
+def words_of(parts: Callable[..., Any]) -> frozenset[str]:
+    """The generation words that a function of `mmdiff.sampling` takes."""
     return frozenset(inspect.signature(parts).parameters)
 
 
@@ -74,7 +79,9 @@ def painter_of(checkpoint: Checkpoint) -> Painter:
         CheckpointError: Network and image tokenizer do not belong together.
     """
     family = getattr(checkpoint.model.config, "type", "")
-    kinds: dict[str, Any] = {"emigm": LatentPainter, "maskgit": ClassPainter}
+    from mmdiff.pipelines.scripts import MMaDAPainter
+
+    kinds: dict[str, Any] = {"emigm": LatentPainter, "maskgit": ClassPainter, "mmada": MMaDAPainter}
     return kinds.get(family, PromptPainter)(checkpoint)
 
 
@@ -82,11 +89,12 @@ class PromptPainter:
     """Codes of a network that reads texts; a class is drawn by its name."""
 
     prompts = True
-    words = _words(image_parts)
+    words = words_of(image_parts)
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
         self.grid: int = checkpoint.image_tokenizer.grid
+        self.size, self.cells = _size(checkpoint), _ALL
         self.backbone = CodeBackbone(checkpoint.model)
         self.offset: int = checkpoint.layout.code_offset
 
@@ -118,7 +126,7 @@ class PromptPainter:
 
     def parts(self, canvas: Canvas, drawn: Any, words: dict[str, Any]) -> dict[str, Any]:
         """See `mmdiff.sampling.presets.image_parts`."""
-        return image_parts(slots=_slots(canvas), **words).arguments()
+        return image_parts(slots=slots_of(canvas), **words).arguments()
 
     def result(self, decoded: Decoded) -> Int[Tensor, "B h w"]:
         """Codes."""
@@ -137,11 +145,12 @@ class ClassPainter:
     """
 
     prompts = False
-    words = _words(code_parts)
+    words = words_of(code_parts)
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint, self.config = checkpoint, _any(checkpoint.model.config)
         self.grid: int = self.config.grid
+        self.size, self.cells = _size(checkpoint), _ALL
         self.backbone = ClassCodeBackbone(checkpoint.model)
         tokenizer = checkpoint.image_tokenizer
         have = (getattr(tokenizer, "grid", None), getattr(tokenizer, "codebook", None))
@@ -166,7 +175,7 @@ class ClassPainter:
     def parts(self, canvas: Canvas, drawn: Any, words: dict[str, Any]) -> dict[str, Any]:
         """See `mmdiff.sampling.image_presets.code_parts`."""
         halton = self.config.variant == "halton"
-        return code_parts(slots=_slots(canvas), grid=self.grid, halton=halton, **words)
+        return code_parts(slots=slots_of(canvas), grid=self.grid, halton=halton, **words)
 
     def result(self, decoded: Decoded) -> Int[Tensor, "B h w"]:
         """Codes."""
@@ -185,11 +194,12 @@ class LatentPainter:
     """
 
     prompts = False
-    words = _words(latent_parts)
+    words = words_of(latent_parts)
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint, self.model, self.config = checkpoint, _any(checkpoint.model), _any(checkpoint.model.config)
         self.grid: int = self.config.grid // self.config.patch
+        self.size, self.cells = _size(checkpoint), _ALL
         self.backbone = LatentBackbone(checkpoint.model)
         vae = checkpoint.image_tokenizer.config
         have = (getattr(vae, "channels", None), getattr(vae, "grid", None))
@@ -214,7 +224,7 @@ class LatentPainter:
         """See `mmdiff.sampling.image_presets.latent_parts`."""
         mar = not self.config.tied_null
         count = self.config.tokens
-        return latent_parts(slots=_slots(canvas), rows=len(canvas), tokens=count, source=drawn, mar=mar, **words)
+        return latent_parts(slots=slots_of(canvas), rows=len(canvas), tokens=count, source=drawn, mar=mar, **words)
 
     def result(self, decoded: Decoded) -> Float[Tensor, "B C h w"]:
         """Latents in the network's scale."""
@@ -228,7 +238,19 @@ class LatentPainter:
         return vae.decode(result.to(next(vae.parameters()).dtype)).float()
 
 
-def _slots(canvas: Canvas) -> int:
+_ALL = slice(None)
+
+
+def _size(checkpoint: Checkpoint) -> int:
+    return int(checkpoint.image_tokenizer.config.image_size)
+
+
+def slots_of(canvas: Canvas) -> int:
+    """Most slots that are drawn in a row.
+
+    Raises:
+        ConfigError: None is.
+    """
     slots = int(canvas.undecided.sum(1).max())
     if not slots:
         raise ConfigError("nothing to draw: the mask marks no part of the image")

@@ -91,6 +91,25 @@ LLADA_V: dict[str, Any] = {
     },
 }
 
+MMADA: dict[str, Any] = {
+    **OLMO,
+    "architectures": ["MMadaModelLM"],
+    "model_type": "mmada",
+    "embedding_size": 84,
+    "vocab_size": 84,
+    "llm_vocab_size": 64,
+    "codebook_size": 16,
+    "num_vq_tokens": 4,
+    "num_new_special_tokens": 0,
+    "new_vocab_size": 84,
+    "code_offset": 62,
+    "max_text_length": 6,
+    "reserved_token_mapping": {
+        "<|startoftext|>": 40, "<|endoftext|>": 61, "<|end_header_id|>": 41, "<|soi|>": 42, "<|eoi|>": 43,
+        "<|t2i|>": 44, "<|mmu|>": 45, "[iPAD]": 46, "<|r2i|>": 47,
+    },
+}  # fmt: skip
+
 EMIGM: dict[str, Any] = {
     "img_size": 64,
     "vae_stride": 16,
@@ -159,6 +178,7 @@ CONFIGS = {
     "olmo": OLMO,
     "llama": LLAMA,
     "llada-v": LLADA_V,
+    "mmada": MMADA,
     "emigm": EMIGM,
     "maskgit-v1": MASKGIT_V1,
     "maskgit-v2": MASKGIT_V2,
@@ -180,7 +200,7 @@ def shapes(layout: str, tree: dict[str, Any]) -> Shapes:
     """Every published key of a layout with its shape."""
     if layout in DIFFUSION:
         return DIFFUSION[layout](tree)
-    if layout == "olmo":
+    if layout in ("olmo", "mmada"):
         return olmo_shapes(tree)
     if layout in image_layouts.SHAPES:
         return image_layouts.SHAPES[layout](tree)

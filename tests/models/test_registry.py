@@ -20,6 +20,7 @@ from mmdiff.models import (
     magvit,
     masked_mmdit,
     maskgit,
+    mmada,
     mmdit,
     scorer,
     unified,
@@ -87,6 +88,10 @@ TREES = {
         "decoder_activations": ["silu", "silu"],
         "multiscales": [[], []],
     },
+    "mmada": {
+        **{"type": "mmada", "language": {**LANGUAGE, "vocab_size": 60}, "code_offset": 40, "codebook": 16, "grid": 2},
+        **{"text_length": 6},
+    },
     "vqgan": {
         "type": "vqgan",
         "image_size": 16,
@@ -133,6 +138,7 @@ def assert_same(left: nn.Module, right: nn.Module) -> None:
     [
         (llada.Config(), 8_015_581_184),
         (llada_v.Config(), 8_434_837_024),
+        (mmada.Config(), 8_082_690_048),
         (vision.Config(), 397_747_744),
         (llada.Config(depth=22, width=2048, kv_heads=4, ffn_width=5634), 1_487_243_264),
         (emigm.SIZES["xsmall-256"], 69_018_848),
@@ -329,7 +335,7 @@ def test_loading_says_nothing_when_there_is_nothing_to_say(tmp_path, caplog):
 
 def test_every_family_is_in_the_table_and_in_the_union():
     assert [FAMILIES[n].config for n in FAMILIES] == [
-        *(m.Config for m in (llada, llada_v, unified, vq, emigm, maskgit, vae)),
+        *(m.Config for m in (llada, llada_v, unified, mmada, vq, emigm, maskgit, vae)),
         vae.DCConfig,
         *(m.Config for m in (vqgan, magvit, vision, scorer, dit, mmdit, masked_mmdit)),
     ]
