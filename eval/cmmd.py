@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
+from torch.nn.functional import normalize
 
 from mmdiff.errors import ConfigError
 
+from .rows import Rows, blocks
+
 __all__ = ["cmmd"]
 
-_BLOCK = 2048
 
-
-def cmmd(a: Float[Tensor, "N F"], b: Float[Tensor, "M F"], *, sigma: float = 10.0) -> float:
+def cmmd(a: Rows, b: Rows, *, sigma: float = 10.0) -> float:
     """The biased estimate (an image is its own neighbour), from all pairs in float64.
 
     Args:
@@ -28,13 +26,14 @@ def cmmd(a: Float[Tensor, "N F"], b: Float[Tensor, "M F"], *, sigma: float = 10.
     """
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or not len(a) or not len(b):
         raise ConfigError(f"features of shapes {tuple(a.shape)} and {tuple(b.shape)}; both must be [images, length]")
-    x, y = (torch.nn.functional.normalize(z.double(), dim=1) for z in (a, b))
-    return 1000 * (_mean(x, x, sigma) + _mean(y, y, sigma) - 2 * _mean(x, y, sigma))
+    return 1000 * (_mean(a, a, sigma) + _mean(b, b, sigma) - 2 * _mean(a, b, sigma))
 
 
-def _mean(x: Tensor, y: Tensor, sigma: float) -> float:
+def _mean(x: Rows, y: Rows, sigma: float) -> float:
     total = 0.0
-    for rows in x.split(_BLOCK):
-        # Unit vectors: the squared distance is 2 - 2 cos.
-        total += float(((rows @ y.T - 1) / sigma**2).exp().sum())
+    for _, rows in blocks(x):
+        one = normalize(rows, dim=1)
+        for _, others in blocks(y):
+            # Unit vectors: the squared distance is 2 - 2 cos.
+            total += float(((one @ normalize(others, dim=1).T - 1) / sigma**2).exp().sum())
     return total / (len(x) * len(y))

@@ -6,28 +6,22 @@ they lie in a temporary file instead of in memory.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from torch import Tensor
-
-from mmdiff.errors import ConfigError
 
 from .feature_network import FeatureNetwork
 from .inception_score import InceptionScore, ScoreSums
 from .processes import gather_rows, merge_moments, merge_objects, rank_and_world
+from .rows import Rows, feature_store
 from .sources import ImageSet
 from .statistics import Moments, Statistics
 
-__all__ = ["Collected", "collect", "feature_store"]
-
-_MEMORY_BYTES = 256 << 20
-"""Features above this size go to a temporary file."""
+__all__ = ["Collected", "collect"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +37,7 @@ class Collected:
 
     statistics: Statistics
     spatial: Statistics | None = None
-    features: Float[Tensor, "N F"] | None = None
+    features: Rows | None = None
     score: InceptionScore | None = None
 
 
@@ -129,23 +123,6 @@ class _Sums:
         total = ScoreSums(self.splits)
         total.count, total.entropy, total.classes = (sum(column) for column in zip(*parts, strict=True))
         return total.result()
-
-
-def feature_store(count: int, dim: int) -> Float[Tensor, "N F"]:
-    """Room for features, float32 [count, dim]: memory, or above a limit a file that goes away with the tensor.
-
-    Raises:
-        ConfigError: There is no room for the file.
-    """
-    size = 4 * count * dim
-    if size <= _MEMORY_BYTES:
-        return torch.empty(count, dim)
-    try:
-        with tempfile.TemporaryFile() as file:  # the mapping outlives the handle
-            file.truncate(size)
-            return torch.from_numpy(np.memmap(file, dtype=np.float32, mode="r+", shape=(count, dim)))
-    except OSError as error:
-        raise ConfigError(f"no room for {size:,} bytes of features in {tempfile.gettempdir()} ({error})") from None
 
 
 def _bar(total: int, name: str) -> Any:

@@ -27,6 +27,7 @@ from .fid_protocols import MEASURES, PROTOCOLS, FidProtocol
 from .frechet import frechet_distance
 from .kid import kid
 from .neighbours import coverage, precision_recall
+from .rows import Rows, picked
 from .statistics import Statistics
 
 if TYPE_CHECKING:
@@ -250,7 +251,7 @@ def _add(
     return dataclasses.replace(result, **_of_pairs(measure, a.features, b.features, rules))  # type: ignore[arg-type]
 
 
-def _of_pairs(measure: str, a: Tensor, b: Tensor, rules: FidProtocol) -> dict[str, float | None]:
+def _of_pairs(measure: str, a: Rows, b: Rows, rules: FidProtocol) -> dict[str, float | None]:
     """Fields of the result that need the features of both sides."""
     if measure == "kid":
         kernel = rules.kid(a, b)
@@ -276,7 +277,7 @@ def _notes(count: int | None, rules: FidProtocol) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def with_floor(result: FidResult, reference: Tensor | None, seed: int) -> FidResult:
+def with_floor(result: FidResult, reference: Rows | None, seed: int) -> FidResult:
     """The result with two random parts of the reference measured against each other.
 
     Raises:
@@ -288,7 +289,7 @@ def with_floor(result: FidResult, reference: Tensor | None, seed: int) -> FidRes
 
     half = min(len(reference) // 2, result.n_a or len(reference))
     order = torch.randperm(len(reference), generator=generator(seed, "fid-floor"))
-    one, two = reference[order[:half]], reference[order[half : 2 * half]]
+    one, two = picked(reference, order[:half]), picked(reference, order[half : 2 * half])
     distance = frechet_distance(Statistics.of(one), Statistics.of(two))
     return dataclasses.replace(result, floor=distance, floor_kid=kid(one, two).mean, floor_n=half)
 

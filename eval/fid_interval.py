@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from mmdiff.errors import ConfigError
@@ -13,11 +13,10 @@ from mmdiff.rng import generator
 
 from .collect import Collected
 from .frechet import frechet_distance
+from .rows import Rows, blocks
 from .statistics import Statistics
 
 __all__ = ["DistanceInterval", "interval"]
-
-_BLOCK = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +42,7 @@ class DistanceInterval:
 
 
 def interval(
-    features: Float[Tensor, "N F"] | None, reference: Collected, *, draws: int = 200, level: float = 0.95, seed: int = 0
+    features: Rows | None, reference: Collected, *, draws: int = 200, level: float = 0.95, seed: int = 0
 ) -> DistanceInterval:
     """Resample the judged images, and the reference images where they are known.
 
@@ -66,20 +65,21 @@ def interval(
     return DistanceInterval(lower=low, upper=high, level=level, std=float(every.std()), draws=draws)
 
 
-def _resampled(features: Float[Tensor, "N F"], draw: torch.Generator) -> Statistics:
+def _resampled(features: Rows, draw: torch.Generator) -> Statistics:
     count = len(features)
     picks = torch.randint(count, (count,), generator=draw)
     times = torch.bincount(picks, minlength=count)
     return _weighted(features, times)
 
 
-def _weighted(features: Float[Tensor, "N F"], times: Int[Tensor, "N"]) -> Statistics:
+def _weighted(features: Rows, times: Int[Tensor, "N"]) -> Statistics:
     """Statistics with row i counted ``times[i]`` times; float64, in blocks."""
     weights, total = times.double(), float(times.sum())
-    blocks = range(0, len(features), _BLOCK)
-    mean = sum(weights[i : i + _BLOCK] @ features[i : i + _BLOCK].double() for i in blocks) / total
+    mean = torch.zeros(features.shape[1], dtype=torch.float64)
+    for start, rows in blocks(features):
+        mean += weights[start : start + len(rows)] @ rows / total
     scatter = torch.zeros(features.shape[1], features.shape[1], dtype=torch.float64)
-    for i in blocks:
-        rows = features[i : i + _BLOCK].double() - mean
-        scatter += (rows * weights[i : i + _BLOCK, None]).T @ rows
-    return Statistics(mean=torch.as_tensor(mean), covariance=scatter / (total - 1), count=int(total))
+    for start, rows in blocks(features):
+        centred = rows - mean
+        scatter.addmm_((centred * weights[start : start + len(rows), None]).T, centred)
+    return Statistics(mean=mean, covariance=scatter / (total - 1), count=int(total))

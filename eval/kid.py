@@ -11,15 +11,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from mmdiff.errors import ConfigError
 
+from .rows import Rows, blocks
+
 __all__ = ["KERNELS", "Kid", "kid", "kid_subsets"]
 
 _GROUPS = 10
-_BLOCK = 2048
 
 
 def _cubic(x: Tensor, y: Tensor) -> Tensor:
@@ -47,7 +47,7 @@ class Kid:
     std: float | None
 
 
-def kid(a: Float[Tensor, "N F"], b: Float[Tensor, "M F"]) -> Kid:
+def kid(a: Rows, b: Rows) -> Kid:
     """The unbiased estimate from all pairs, with a standard error by a jackknife over ten interleaved groups.
 
     Args:
@@ -73,8 +73,8 @@ def kid(a: Float[Tensor, "N F"], b: Float[Tensor, "M F"]) -> Kid:
 
 
 def kid_subsets(
-    a: Float[Tensor, "N F"],
-    b: Float[Tensor, "M F"],
+    a: Rows,
+    b: Rows,
     *,
     subsets: int = 100,
     subset_size: int = 1000,
@@ -116,20 +116,18 @@ def kid_subsets(
 class _GroupSums:
     """Kernel sums between groups of rows, so that leaving a group out costs nothing."""
 
-    def __init__(self, a: Tensor, b: Tensor, groups: int, kernel: Callable[[Tensor, Tensor], Tensor]) -> None:
+    def __init__(self, a: Rows, b: Rows, groups: int, kernel: Callable[[Tensor, Tensor], Tensor]) -> None:
         self.groups = groups
         self.kernel = kernel
-        self.counts = [torch.tensor([len(x[g::groups]) for g in range(groups)], dtype=torch.float64) for x in (a, b)]
+        self.counts = [torch.tensor([len(range(g, len(x), groups)) for g in range(groups)]).double() for x in (a, b)]
         self.within = [self._sums(x, x, same=True) for x in (a, b)]
         self.across = self._sums(a, b, same=False)
 
-    def _sums(self, x: Tensor, y: Tensor, *, same: bool) -> Tensor:
+    def _sums(self, x: Rows, y: Rows, *, same: bool) -> Tensor:
         out = torch.zeros(self.groups, self.groups, dtype=torch.float64)
-        for i in range(0, len(x), _BLOCK):
-            rows = x[i : i + _BLOCK].double()
+        for i, rows in blocks(x):
             of_rows = torch.arange(i, i + len(rows)) % self.groups
-            for j in range(0, len(y), _BLOCK):
-                columns = y[j : j + _BLOCK].double()
+            for j, columns in blocks(y):
                 kernel = self.kernel(rows, columns)
                 if same and i == j:  # an image is not its own neighbour: that is what makes the estimate unbiased
                     kernel.fill_diagonal_(0)
@@ -147,7 +145,7 @@ class _GroupSums:
         return aa / (n * (n - 1)) + bb / (m * (m - 1)) - 2 * float(keep @ self.across @ keep) / (n * m)
 
 
-def _check(a: Tensor, b: Tensor) -> None:
+def _check(a: Rows, b: Rows) -> None:
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
         raise ConfigError(
             f"features of shapes {tuple(a.shape)} and {tuple(b.shape)}; both must be [images, same length]"

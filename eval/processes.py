@@ -12,14 +12,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
+from .rows import BLOCK, Rows
 from .statistics import Moments
 
 __all__ = ["barrier", "gather_rows", "joined", "merge_moments", "merge_objects", "rank_and_world"]
-
-_ROWS = 4096
 
 
 @contextlib.contextmanager
@@ -76,28 +73,23 @@ def merge_moments(moments: Moments) -> Moments:
     return total
 
 
-def gather_rows(rows: Float[Tensor, "n F"], out: Tensor | None) -> None:
+def gather_rows(rows: Rows, out: Rows | None) -> None:
     """Bring the rows of all processes to the first one, where row i of rank r becomes row ``r + world * i`` of ``out``.
 
     Args:
-        rows: This process's rows, float32.
+        rows: This process's rows, float32, in all processes as many or one less than in the first.
         out: In the first process, where to; None elsewhere.
     """
     rank, world = rank_and_world()
-    if world == 1:
-        if out is not None:
-            out.copy_(rows)
-        return
     most = max(merge_objects(len(rows)))
-    for start in range(0, most, _ROWS):
-        size = min(_ROWS, most - start)
+    for start in range(0, most, BLOCK):
+        size = min(BLOCK, most - start)
         block = torch.zeros(size, rows.shape[1])
         mine = rows[start : start + size]
         block[: len(mine)] = mine
         parts = [torch.empty_like(block) for _ in range(world)] if rank == 0 else None
         torch.distributed.gather(block, parts, dst=0)
         if parts is not None and out is not None:
-            for r, part in enumerate(parts):
-                places = torch.arange(start, start + size) * world + r
-                held = places < len(out)
-                out[places[held]] = part[held]
+            woven = torch.stack(parts, dim=1).flatten(0, 1)
+            first = start * world
+            out[first : first + len(woven)] = woven[: len(out) - first]

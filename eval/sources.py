@@ -6,10 +6,13 @@ it. All images of a set have one size; they come out as uint8 RGB in a fixed ord
 
 from __future__ import annotations
 
+import os
 import struct
 import tempfile
 import zipfile
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +30,8 @@ from .statistics import array_names
 __all__ = ["ImageSet", "count_images", "is_statistics", "open_images"]
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+_THREADS = 8
+"""Most threads that decode files of a folder while the network runs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,10 +41,12 @@ class ImageSet:
     Attributes:
         names: What to call each image in messages.
         read: Number of an image -> uint8 [H, W, 3].
+        threads: How many may call ``read`` at once.
     """
 
     names: Sequence[str]
     read: Callable[[int], np.ndarray]
+    threads: int = 1
 
     def __len__(self) -> int:
         return len(self.names)
@@ -56,11 +63,13 @@ class ImageSet:
             raise ConfigError(f"{len(self)} images, and {num} are asked for: {num - len(self)} are missing")
         order = torch.randperm(len(self), generator=generator(seed, "choose-images"))
         kept = order[:num].sort().values.tolist()
-        return ImageSet(names=[self.names[i] for i in kept], read=lambda i: self.read(kept[i]))
+        names = [self.names[i] for i in kept]
+        return ImageSet(names=names, read=lambda i: self.read(kept[i]), threads=self.threads)
 
     def part(self, rank: int, world: int) -> ImageSet:
         """Every ``world``-th image from number ``rank`` on: the share of one process."""
-        return ImageSet(names=self.names[rank::world], read=lambda i: self.read(rank + world * i))
+        own = self.names[rank::world]
+        return ImageSet(names=own, read=lambda i: self.read(rank + world * i), threads=self.threads)
 
     def batches(self, size: int, *, shape: tuple[int, ...] | None = None) -> Iterator[UInt8[Tensor, "B H W 3"]]:
         """All images, ``size`` at a time, uint8 [B, H, W, 3].
@@ -72,17 +81,33 @@ class ImageSet:
         Raises:
             ConfigError: An image cannot be decoded, or is of another size.
         """
-        for start in range(0, len(self), size):
-            rows = []
-            for i in range(start, min(start + size, len(self))):
-                image = self._checked(i, shape)
-                shape = image.shape
-                rows.append(image)
-            yield torch.from_numpy(np.stack(rows))
+        rows: list[np.ndarray] = []
+        for i, waiting in enumerate(self._read_ahead(size)):
+            image = self._checked(i, waiting, shape)
+            shape = image.shape
+            rows.append(image)
+            if len(rows) == size or i + 1 == len(self):
+                yield torch.from_numpy(np.stack(rows))
+                rows = []
 
-    def _checked(self, i: int, shape: tuple[int, ...] | None) -> np.ndarray:
+    def _read_ahead(self, ahead: int) -> Iterator[Future[np.ndarray]]:
+        """All images in order; up to ``ahead`` of them are read before they are asked for."""
+        waiting: deque[Future[np.ndarray]] = deque()
+        with ThreadPoolExecutor(self.threads, thread_name_prefix="read-images") as pool:
+            try:
+                for i in range(len(self)):
+                    waiting.append(pool.submit(self.read, i))
+                    if len(waiting) > ahead:
+                        yield waiting.popleft()
+                while waiting:
+                    yield waiting.popleft()
+            finally:
+                for one in waiting:
+                    one.cancel()
+
+    def _checked(self, i: int, waiting: Future[np.ndarray], shape: tuple[int, ...] | None) -> np.ndarray:
         try:
-            image = self.read(i)
+            image = waiting.result()
         except (SampleError, OSError) as error:
             raise ConfigError(f"{self.names[i]}: cannot be decoded ({error}); write it again or take it out") from None
         if shape is not None and image.shape != shape:
@@ -144,7 +169,11 @@ def _of_folder(folder: Path) -> ImageSet:
     if not files:
         raise ConfigError(f"{folder}: no images ({', '.join(_SUFFIXES)}) in this folder or below")
     _refuse_gaps(folder, [p.stem for p in files])
-    return ImageSet(names=[str(p) for p in files], read=lambda i: np.asarray(decode(files[i].read_bytes())))
+    return ImageSet(
+        names=[str(p) for p in files],
+        read=lambda i: np.asarray(decode(files[i].read_bytes())),
+        threads=min(_THREADS, os.cpu_count() or 1),
+    )
 
 
 def _refuse_gaps(folder: Path, stems: list[str]) -> None:

@@ -19,6 +19,8 @@ from torch import Tensor
 
 from mmdiff.errors import ConfigError
 
+from .rows import Rows, blocks
+
 __all__ = ["Moments", "Statistics", "array_names", "file_sha256", "read_statistics", "write_statistics"]
 
 _MAX_STATISTICS_BYTES = 4 << 30
@@ -43,9 +45,12 @@ class Statistics:
     count: int | None = None
 
     @classmethod
-    def of(cls, features: Float[Tensor, "N F"]) -> Statistics:
-        """Statistics of features held in memory, any float dtype [N, F]."""
-        return Moments(features.shape[1]).update(features).result()
+    def of(cls, features: Rows) -> Statistics:
+        """Statistics of features, any float dtype [N, F]."""
+        moments = Moments(features.shape[1])
+        for _, rows in blocks(features):
+            moments.update(rows)
+        return moments.result()
 
 
 class Moments:
@@ -79,13 +84,15 @@ class Moments:
         if len(batch):
             mean = batch.mean(dim=0)
             centred = batch - mean
-            self._combine(len(batch), mean, centred.T @ centred)
+            self.scatter.addmm_(centred.T, centred)
+            self._move(len(batch), mean)
         return self
 
     def merge(self, other: Moments) -> Moments:
         """Take in everything that ``other`` has seen; returns itself."""
         if other.count:
-            self._combine(other.count, other.mean, other.scatter)
+            self.scatter += other.scatter
+            self._move(other.count, other.mean)
         return self
 
     def result(self) -> Statistics:
@@ -99,10 +106,11 @@ class Moments:
         covariance = self.scatter / (self.count - 1)
         return Statistics(mean=self.mean.clone(), covariance=(covariance + covariance.T) / 2, count=self.count)
 
-    def _combine(self, count: int, mean: Tensor, scatter: Tensor) -> None:
+    def _move(self, count: int, mean: Tensor) -> None:
+        """Count and mean of both parts together, and the scatter between the two means; in place."""
         total = self.count + count
         delta = mean - self.mean
-        self.scatter += scatter + torch.outer(delta, delta) * (self.count * count / total)
+        self.scatter.addr_(delta, delta, alpha=self.count * count / total)
         self.mean += delta * (count / total)
         self.count = total
 

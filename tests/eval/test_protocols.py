@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from unittest.mock import ANY
 
 import numpy as np
 import pytest
@@ -16,7 +19,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from eval import fid
-from eval.collect import Collected, collect, feature_store
+from eval.collect import Collected, collect
 from eval.features import open_network
 from eval.fid_interval import interval
 from eval.fid_protocols import PROTOCOLS
@@ -25,6 +28,7 @@ from eval.inception_score import inception_score, splits_in_order, splits_shuffl
 from eval.kid import kid
 from eval.neighbours import coverage, precision_recall
 from eval.published import comparison
+from eval.rows import RowFile
 from eval.sources import open_images
 from eval.statistics import Statistics, read_statistics, write_statistics
 from mmdiff.cli import app
@@ -144,15 +148,31 @@ def test_an_uncompressed_batch_is_mapped_and_not_read(tmp_path: Path) -> None:
 
 
 def test_features_above_the_limit_lie_in_a_file(monkeypatch: pytest.MonkeyPatch, toy: None) -> None:
-    from eval import collect as module
+    from eval import rows
 
-    a, b = pictures(40), pictures(40, seed=1)
-    wanted = fid.compare(a, b, features="toy")
-    monkeypatch.setattr(module, "_MEMORY_BYTES", 100)
-    store = feature_store(40, 8)
-    store[3] = 2.0
-    assert float(store.sum()) == 16
-    assert fid.compare(a, b, features="toy") == wanted
+    a, b = pictures(90), pictures(80, seed=1)
+    options = {"features": "toy", "measures": fid.MEASURES, "draws": 3, "floor": True}
+    wanted = fid.compare(a, b, **options)
+    monkeypatch.setattr(rows, "_MEMORY_BYTES", 100)
+    monkeypatch.setattr(rows.blocks, "__defaults__", (16,))
+    found = fid.compare(a, b, **options)
+    for name, value in dataclasses.asdict(wanted).items():
+        assert getattr(found, name) == (pytest.approx(value, rel=1e-9) if isinstance(value, float) else ANY), name
+
+
+def test_rows_in_a_file_are_indexed_as_a_tensor_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = torch.rand(40, 8, generator=generator(0, "rows"))
+    rows = RowFile(40, 8)
+    rows[0:25], rows[25:40] = told[:25], told[25:]
+    order = torch.tensor([39, 0, 7, 7])
+    assert torch.equal(rows[order], told[order])
+    assert torch.equal(rows[30:99], told[30:])
+    assert rows[40:].shape == (0, 8)
+    assert rows.shape == (40, 8)
+    assert len(rows) == 40
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda buffering: open("/dev/full", "r+b", buffering=buffering))
+    with pytest.raises(ConfigError, match="no room for 1,280 bytes of features"):
+        RowFile(40, 8)
 
 
 def test_interval_is_about_the_spread_of_repetitions() -> None:
