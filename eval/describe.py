@@ -47,6 +47,7 @@ def describe(
     batch: int = 1,
     words: Mapping[str, Any] | None = None,
     checkpoint: str = "",
+    meteor: bool = False,
 ) -> Described:
     """Ask, score, and write ``predictions.json`` in the official form; an interrupted run goes on.
 
@@ -61,6 +62,7 @@ def describe(
         batch: Items per pass.
         words: Generation options.
         checkpoint: Hash of the model, for the record.
+        meteor: Also METEOR of captions, which needs Java.
 
     Raises:
         ConfigError: No items, or a folder with answers of other settings.
@@ -79,7 +81,9 @@ def describe(
     )
     answers = [said[i.id] for i in items]
     if task == "caption":
-        result: Any = caption.score(answers, [i.truth["captions"] for i in items], protocol=protocol or "coco")
+        result: Any = caption.score(
+            answers, [i.truth["captions"] for i in items], protocol=protocol or "coco", meteor=meteor
+        )
     else:
         result = vqa.score(answers, [i.truth for i in items], protocol=protocol or "exact")
     if rank_and_world()[0] == 0:

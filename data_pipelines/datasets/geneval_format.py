@@ -19,7 +19,7 @@ from mmdiff.images import decode
 from ..reader import iter_samples
 from .report import BuildReport
 
-__all__ = ["CLASSES", "build"]
+__all__ = ["CLASSES", "build", "write_prompts"]
 
 CLASSES = (
     *("person", "bicycle", "motorcycle", "airplane", "bus", "train", "stop sign", "bird", "cat", "dog", "horse", "cow"),
@@ -91,6 +91,26 @@ def build(
     return BuildReport(
         name="geneval-format", out=out, counts={"images": len(detections)}, shards=(), bytes=total, skipped={}
     )
+
+
+def write_prompts(out: Path, *, shards: Sequence[str] = ("embedded:emoji/train",)) -> int:
+    """Write a metadata file of single objects in the words of captions, for models that know emoji and nothing else.
+
+    Args:
+        out: The file: one prompt, such as ``pizza``, for each of `CLASSES` that the shards have.
+        shards: Emoji shards.
+
+    Returns:
+        Number of prompts.
+    """
+    names = sorted(_objects(shards, side=1))
+    lines = [
+        json.dumps({"tag": "single_object", "include": [{"class": name, "count": 1}], "prompt": name}) + "\n"
+        for name in names
+    ]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text("".join(lines), encoding="utf-8")
+    return len(names)
 
 
 def _objects(shards: Sequence[str], side: int) -> dict[str, tuple[str | None, Any]]:

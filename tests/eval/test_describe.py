@@ -48,7 +48,7 @@ def test_a_model_is_asked_about_shards_resumably(measure: str, checkpoint: Path,
     first = run(*words)
     tree = json.loads((tmp_path / "run" / "result.json").read_text())
     assert len(tree["items"]) == tree["result"]["n"] == 6
-    assert "Worst" in (tmp_path / "run" / "report.html").read_text()
+    assert {"caption": "Worst", "vqa": "Wrong answers"}[measure] in (tmp_path / "run" / "report.html").read_text()
     answers = tmp_path / "run" / "answers-00000.jsonl"
     kept = answers.read_text().splitlines()[:2]
     answers.write_text("\n".join(kept) + '\n{"id": "cut')
@@ -120,5 +120,13 @@ def test_likelihood_of_a_model_is_the_pipelines(checkpoint: Path, tmp_path: Path
         run("eval", "nll", checkpoint, SHARDS, "--samples", 2, "--limit", 2, "--device", "cpu", "--json")
     )
     assert shards["n"] == 2
+    words = ["eval", "nll", checkpoint, SHARDS, "--samples", 2, "--limit", 3, "--device", "cpu", "--out"]
+    first = run(*words, tmp_path / "run")
+    tree = json.loads((tmp_path / "run" / "result.json").read_text())
+    answers = tmp_path / "run" / "answers-00000.jsonl"
+    answers.write_text(answers.read_text().splitlines()[0] + '\n{"id": "1", "loglik')
+    assert run(*words, tmp_path / "run") == first
+    assert json.loads((tmp_path / "run" / "result.json").read_text()) == tree
+    assert "Least expected" in (tmp_path / "run" / "report.html").read_text()
     path.write_text(json.dumps({"prompt": "x"}))
     assert CliRunner().invoke(app, ["eval", "nll", str(checkpoint), str(path)]).exit_code == 2

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from data_pipelines.datasets import geneval_format
 from eval import geneval
 from eval.geneval import files, prompts
-from eval.geneval.by_scorer import LABEL, judge_by_scorer
+from eval.geneval.by_scorer import LABEL, judge_by_scorer, plain
 from eval.geneval.colors import ColorClassifier
 from eval.geneval.detector import Detector
 from eval.geneval.mask2former import fitted_size, network_input
@@ -167,9 +167,28 @@ def test_verdicts_of_an_emoji_scorer_are_labelled(pictures: Path) -> None:
     def encode(texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.arange(len(texts))[:, None], torch.ones(len(texts), 1, dtype=torch.bool)
 
-    result = judge_by_scorer(pictures, Scorer(), encode)
-    assert result.correct_images == pytest.approx(1 / result.prompts)
+    told = judge_by_scorer(pictures, Scorer(), encode)
+    assert told.result.correct_images == told.shuffled == told.chance == pytest.approx(1 / told.result.prompts)
     assert LABEL.startswith("NOT GenEval")
+    assert [plain(p) for p in ("a photo of an apple", "a photo of two cats", "red cup")] == [
+        "apple",
+        "two cats",
+        "red cup",
+    ]
+
+
+def test_prompts_in_the_words_of_captions(tmp_path: Path) -> None:
+    count = geneval_format.write_prompts(tmp_path / "prompts.jsonl")
+    found = prompts.read_prompts(tmp_path / "prompts.jsonl")
+    assert len(found) == count > 20
+    assert all(metadata["prompt"] == metadata["include"][0]["class"] for metadata in found)
+
+
+def test_what_is_not_geneval_stands_beside_nothing(pictures: Path, tmp_path: Path) -> None:
+    words = ["eval", "geneval", str(pictures), "--detector", "tiny", "--compare", "published", "--out", str(tmp_path)]
+    refused = CliRunner().invoke(app, words)
+    assert refused.exit_code == 2
+    assert "not GenEval" in refused.output
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mmdiff.commands.eval.output import BatchSize, JsonOut, Out, device_of, finish
+from mmdiff.commands.eval.output import BatchSize, JsonOut, Out, device_of, finish, printed, shown
 
 __all__ = ["fid"]
 
@@ -132,44 +132,51 @@ def _images(a: str, num: int | None, seed: int, batch: int, device: str | None, 
 
 
 def _lines(result: Any) -> list[str]:
-    lines = [
-        f"{result.name}  {result.fid:.2f}   ({result.features} features, {result.n_a} against {result.n_b}, "
-        f"protocol {result.protocol})"
-    ]
+    return [*printed(_numbers(result)), *(f"note: {note}" for note in result.notes)]
+
+
+def _numbers(result: Any) -> list[tuple[str, str, str]]:
+    sets = f"{result.features} features, {result.n_a} against {result.n_b}, protocol {result.protocol}"
+    rows = [(result.name, f"{result.fid:.2f}", sets)]
     if result.interval is not None:
         low, high = result.interval.lower, result.interval.upper
-        lines.append(f"{result.interval.level:.0%} of {result.interval.draws} resamples within {low:.2f} to {high:.2f}")
+        rows.append(
+            (
+                "interval",
+                f"{low:.2f} to {high:.2f}",
+                f"{result.interval.level:.0%} of {result.interval.draws} resamples",
+            )
+        )
     if result.kid_mean is not None:
         spread = f" ± {1000 * result.kid_std:.3f}" if result.kid_std is not None else ""
-        lines.append(f"KID x 1000  {1000 * result.kid_mean:.3f}{spread}")
+        rows.append(("KID x 1000", f"{1000 * result.kid_mean:.3f}{spread}", ""))
     if result.isc_mean is not None:
-        lines.append(f"Inception Score  {result.isc_mean:.2f} ± {result.isc_std:.2f}")
+        rows.append(("Inception Score", f"{result.isc_mean:.2f} ± {result.isc_std:.2f}", ""))
     if result.sfid is not None:
-        lines.append(f"sFID  {result.sfid:.2f}")
-    pairs = [(name, getattr(result, name)) for name in ("precision", "recall", "density", "coverage")]
-    lines += [f"{name}  {value:.3f}" for name, value in pairs if value is not None]
-    if result.cmmd is not None:
-        lines.append(f"CMMD  {result.cmmd:.3f}")
+        rows.append(("sFID", f"{result.sfid:.2f}", ""))
+    pairs = [(name, getattr(result, name)) for name in ("precision", "recall", "density", "coverage", "cmmd")]
+    rows += [(name, f"{value:.3f}", "") for name, value in pairs if value is not None]
     if result.floor is not None:
-        lines.append(
-            f"real against real at {result.floor_n}: FID {result.floor:.2f}, KID x 1000 {1000 * result.floor_kid:.3f}"
-        )
-    return lines + [f"note: {note}" for note in result.notes]
+        halves = f"real against real, {result.floor_n} images each"
+        rows.append(("floor", f"{result.floor:.2f}", halves))
+        rows.append(("floor, KID x 1000", f"{1000 * result.floor_kid:.3f}", halves))
+    return rows
 
 
 def _page(done: Any, published: tuple[Any, ...], settings: dict[str, Any]) -> str:
-    from eval.page import Gallery, Line, Shown, Table, render, thumbnail
+    from eval.page import Gallery, Shown, Table, render, thumbnail
 
     result = done.result
-    parts: list[Any] = [Line(name=line, value="") for line in _lines(result)]
+    parts: list[Any] = shown(_numbers(result))
     if published:
         columns = ("Model", "FID", "Source", "More")
         parts.append(Table(title="Published", columns=columns, rows=published, note="50,000 images each."))
     for title, rows in done.galleries():
-        shown = tuple(
+        items = tuple(
             Shown(pictures=tuple((thumbnail(image), caption) for image, caption in row.pictures), text=(row.text,))
             for row in rows
         )
-        parts.append(Gallery(title=title, items=shown, note="Distances are in the feature network's space."))
+        parts.append(Gallery(title=title, items=items, note="Distances are in the feature network's space."))
     facts = settings | {"weights sha256": result.weights_sha256, "statistics sha256": result.statistics_sha256}
-    return render(f"{result.name}: {result.fid:.2f}", "Distances of two sets of images.", parts, facts=facts)
+    summary = " ".join(("Distances of two sets of images.", *(f"{note}." for note in result.notes)))
+    return render(f"{result.name}: {result.fid:.2f}", summary, parts, facts=facts)

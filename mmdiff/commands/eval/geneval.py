@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mmdiff.commands.eval.output import BatchSize, JsonOut, device_of, finish
+from mmdiff.commands.eval.output import BatchSize, JsonOut, Numbers, device_of, finish, hashes_of, printed, shown
 from mmdiff.commands.options import Dtype, Guidance, Preset, Steps, Temperature, said
 
 __all__ = ["geneval"]
@@ -27,7 +27,7 @@ def geneval(
     clip: Annotated[str, typer.Option(help="open_clip MODEL/WEIGHTS that judges colours.")] = "ViT-L-14/openai",
     detections: Annotated[Path | None, typer.Option(help="Detections made elsewhere, colours included.")] = None,
     scorer: Annotated[Path | None, typer.Option(help="NOT official: a scorer trained here judges instead.")] = None,
-    tokenizer: Annotated[Path | None, typer.Option(help="Tokenizer of that scorer.")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="Tokenizer of that scorer; default: its own folder.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="Metadata file; default the 553 prompts, made again.")] = None,
     samples: Annotated[int, typer.Option(min=1, help="Pictures per prompt.")] = 4,
     limit: Annotated[int | None, typer.Option(min=1, help="Only every so many-th prompt, this many in all.")] = None,
@@ -51,6 +51,10 @@ def geneval(
     settings |= {"detector": detector, "detections": detections, "scorer": scorer, "prompts": prompts, "limit": limit}
     folder = Path(source)
     drawn = not (source.endswith(".jsonl") or (folder.is_dir() and any(folder.glob("[0-9]*/metadata.jsonl"))))
+    if compare is not None and (scorer is not None or detector == "tiny"):
+        raise ConfigError(
+            "--compare: what a scorer or a random detector says is not GenEval, and stands beside nothing"
+        )
     if (drawn or detector) and out is None:
         raise ConfigError("say where pictures and verdicts go: --out FOLDER")
     checkpoint = None
@@ -62,18 +66,18 @@ def geneval(
             assert out is not None
             folder = out / "images"
             _draw(source, folder, prompts, limit, samples, seed, batch, words, checkpoint, device_of(device), dtype)
-        result, label = _judge(
+        result, label, numbers = _judge(
             source, folder, drawn, out, detector, clip, detections, scorer, tokenizer, device_of(device)
         )
     finish(
         result,
-        _lines(result, label, compare),
+        _lines(result, label, compare, numbers),
         as_json,
         out,
         measure="geneval" if label.startswith("official") else "not-geneval",
         settings=settings | {"judged by": label},
-        page=lambda: _page(result, folder, label, settings),
-        hashes={"checkpoint": checkpoint},
+        page=lambda: _page(result, folder, label, numbers, settings),
+        hashes={"checkpoint": checkpoint} | hashes_of(detections=detections, prompts=prompts, scorer=scorer),
     )
 
 
@@ -111,21 +115,20 @@ def _judge(
     scorer: Path | None,
     tokenizer: Path | None,
     device: str,
-) -> tuple[Any, str]:
-    """The result, and who judged."""
+) -> tuple[Any, str, Numbers]:
+    """The result, who judged, and what else they say."""
     from eval import geneval
-    from mmdiff.errors import ConfigError
 
     if scorer is not None:
         from eval.geneval.by_scorer import LABEL, judge_by_scorer, open_scorer
 
-        if tokenizer is None:
-            raise ConfigError("a scorer reads texts: give its --tokenizer")
-        return judge_by_scorer(folder, *open_scorer(scorer, tokenizer)), LABEL
+        told = judge_by_scorer(folder, *open_scorer(scorer, tokenizer))
+        control = ("right if prompts were shuffled", f"{told.shuffled:.2%}", f"the control; chance {told.chance:.2%}")
+        return told.result, LABEL, [control]
     if detections is not None:
-        return geneval.score_files(folder, detections=detections), f"official rules on detections of {detections}"
+        return geneval.score_files(folder, detections=detections), f"official rules on detections of {detections}", ()
     if not drawn and source.endswith(".jsonl"):
-        return geneval.score_files(source), "official summary of a results file"
+        return geneval.score_files(source), "official summary of a results file", ()
     from eval.geneval.colors import ColorClassifier
     from eval.geneval.detector import DEFAULT_DETECTOR, Detector
 
@@ -135,13 +138,13 @@ def _judge(
     colors = ColorClassifier.open_clip(model, weights, device=device)
     assert out is not None
     result = geneval.measure(folder, out=out / "verdicts", detector=found, colors=colors)
-    return result, "NOT GenEval: random detector" if tiny else f"official rules, detector {found.name}"
+    return result, "NOT GenEval: random detector" if tiny else f"official rules, detector {found.name}", ()
 
 
-def _lines(result: Any, label: str, compare: str | None) -> list[str]:
+def _lines(result: Any, label: str, compare: str | None, numbers: Numbers) -> list[str]:
     from eval.geneval.scoring import summary_text
 
-    lines = [summary_text(result), "", f"judged by: {label}"]
+    lines = [summary_text(result), "", *printed(numbers), f"judged by: {label}"]
     if compare is not None:
         from eval.published import comparison
 
@@ -150,21 +153,22 @@ def _lines(result: Any, label: str, compare: str | None) -> list[str]:
     return lines
 
 
-def _page(result: Any, folder: Path, label: str, settings: dict[str, Any]) -> str:
+def _page(result: Any, folder: Path, label: str, numbers: Numbers, settings: dict[str, Any]) -> str:
     from eval.page import Bars, Gallery, Line, Shown, render, thumbnail
 
     parts: list[Any] = [
         Line(name="overall", value=f"{result.overall:.5f}", note="mean of the tasks"),
         Line(name="right pictures", value=f"{result.correct_images:.2%}", note=f"of {result.images}"),
         Line(name="prompts with a right picture", value=f"{result.correct_prompts:.2%}", note=f"of {result.prompts}"),
+        *shown(numbers),
     ]
     bars = tuple((t.tag, t.accuracy, f"{t.accuracy:.1%} of {t.n}") for t in result.tasks)
     parts.append(Bars(title="By task", shares=bars))
     for title, good in (("Wrong pictures", False), ("Right pictures", True)):
-        shown = []
+        items = []
         for picture in [p for p in result.pictures if p.correct == good][:24]:
             path = next((q for q in (Path(picture.filename), folder / picture.filename) if q.is_file()), None)
             images = ((thumbnail(path.read_bytes()), picture.tag),) if path else ()
-            shown.append(Shown(pictures=images, text=(picture.prompt, *picture.reason.split("\n")), good=good))
-        parts.append(Gallery(title=title, items=tuple(shown)))
+            items.append(Shown(pictures=images, text=(picture.prompt, *picture.reason.split("\n")), good=good))
+        parts.append(Gallery(title=title, items=tuple(items)))
     return render("GenEval" if label.startswith("official") else label, f"Judged by: {label}.", parts, facts=settings)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mmdiff.commands.eval.output import BatchSize, JsonOut, device_of, finish
+from mmdiff.commands.eval.output import BatchSize, JsonOut, device_of, finish, hashes_of
 from mmdiff.commands.options import Dtype, said
 
 __all__ = ["mmmu"]
@@ -48,13 +48,7 @@ def mmmu(
     from eval.processes import joined
 
     if _is_predictions(model):
-        answers = None if Path(model).is_dir() else data
-        result = benchmark.score_files(model, answers, incomplete=partial)
-        settings: dict[str, Any] = {"predictions": model, "answers": answers, "partial": partial}
-        lines = _lines(result, compare)
-        finish(
-            result, lines, as_json, out, measure="mmmu", settings=settings, page=lambda: _page(result, settings, None)
-        )
+        _of_files(model, None if Path(model).is_dir() else data, partial, compare, as_json, out)
         return
     from mmdiff.commands.workers import digest
     from mmdiff.errors import ConfigError
@@ -78,7 +72,14 @@ def mmmu(
             checkpoint=digest(model),
             name=Path(model).name or "model",
         )
-    settings = {"model": model, "data": data, "style": style, "split": split, "pro": pro, "subject": subject}
+    settings: dict[str, Any] = {
+        "model": model,
+        "data": data,
+        "style": style,
+        "split": split,
+        "pro": pro,
+        "subject": subject,
+    }
     settings |= {"limit": limit, "words": {**benchmark.STYLES[style].words, **words}, "fallback seed": 42}
     finish(
         done.result,
@@ -90,6 +91,25 @@ def mmmu(
         page=lambda: _page(done.result, settings, done),
         hashes={"checkpoint": digest(model)},
         items=[{"id": d.id, "answer": d.answer, "response": done.raw[d.id]} for d in done.documents],
+    )
+
+
+def _of_files(
+    predictions: str, answers: str | None, partial: bool, compare: str | None, as_json: bool, out: Path | None
+) -> None:
+    from eval import mmmu as benchmark
+
+    result = benchmark.score_files(predictions, answers, incomplete=partial)
+    settings = {"predictions": predictions, "answers": answers, "partial": partial, "fallback seed": 42}
+    finish(
+        result,
+        _lines(result, compare),
+        as_json,
+        out,
+        measure="mmmu",
+        settings=settings,
+        page=lambda: _page(result, settings, None),
+        hashes=hashes_of(predictions=predictions, answers=answers),
     )
 
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-__all__ = ["BatchSize", "JsonOut", "Out", "device_of", "finish"]
+__all__ = ["BatchSize", "JsonOut", "Numbers", "Out", "device_of", "finish", "hashes_of", "printed", "shown"]
+
+Numbers = Sequence[tuple[str, str, str]]
+"""(name, value, note) of each number, for the terminal and for the page."""
 
 JsonOut = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Out = Annotated[
@@ -56,6 +59,38 @@ def finish(
     elif out is not None:
         write_record(out, measure, result, settings=settings, page=page(), hashes=hashes, items=items)
     typer.echo(json.dumps(tree, indent=2) if as_json else "\n".join(lines))
+
+
+def printed(numbers: Numbers) -> list[str]:
+    """The numbers as lines of a table."""
+    width = max((len(name) for name, _, _ in numbers), default=0)
+    return [f"{name:{width}}  {value}{f'   ({note})' if note else ''}" for name, value, note in numbers]
+
+
+def shown(numbers: Numbers) -> list[Any]:
+    """The numbers as parts of a page."""
+    from eval.page import Line
+
+    return [Line(name=name, value=value, note=note) for name, value, note in numbers]
+
+
+def hashes_of(**sources: str | Path | None) -> dict[str, str | None]:
+    """SHA-256 of each source that is a file, a folder of files or ``model:PATH``; of others, such as hub ids, None."""
+    from eval.statistics import file_sha256
+    from mmdiff.commands.workers import digest
+
+    found: dict[str, str | None] = {}
+    for name, source in sources.items():
+        if source is None:
+            continue
+        path = Path(source)
+        if str(source).startswith("model:"):
+            found[name] = digest(str(source).removeprefix("model:"))
+        elif path.is_dir():
+            found[name] = file_sha256(sorted(p for p in path.rglob("*") if p.is_file()))
+        else:
+            found[name] = file_sha256(path) if path.is_file() else None
+    return found
 
 
 def device_of(device: str | None) -> str:
