@@ -42,7 +42,7 @@ TREES: dict[str, dict[str, Any]] = {
         **{"grid": 4, "channels": 4, "classes": 10, "encoder": PART, "decoder": PART, "buffer": 4},
         **{"head_width": 128, "head_depth": 2, "dropout": 0.0, "proj_dropout": 0.0},
     },
-    "maskgit": {**PART, "grid": 4, "codebook": 64, "classes": 10, "ffn_width": 256, "dropout": 0.0},
+    "maskgit": {**PART, "grid": 4, "codebook": 16, "classes": 10, "ffn_width": 256, "dropout": 0.0},
     "dit": {
         **{"image_size": 8, "width": 64, "depth": 3, "heads": 4, "ffn_width": 256, "classes": 10},
         "learned_variance": False,
@@ -53,7 +53,7 @@ TREES: dict[str, dict[str, Any]] = {
     },
     "masked_mmdit": {
         **{"width": 64, "heads": 4, "depth": 1, "single_depth": 1, "context_channels": 24, "pooled_channels": 20},
-        **{"axes": [4, 6, 6], "vocab_size": 70, "codebook": 64, "resample": False},
+        **{"axes": [4, 6, 6], "vocab_size": 20, "codebook": 16, "resample": False},
     },
 }
 

@@ -37,10 +37,14 @@ class Grid:
     rules: tuple[str, ...]
     seeds: int = 1
 
+    def point(self, rule: str, width: int, lr: float, seed: int) -> Point:
+        """One run; at the base, where every factor is 1, that of the first rule stands for all."""
+        return Point(rule=self.rules[0] if width == self.widths[0] else rule, width=width, lr=lr, seed=seed)
+
     def points(self) -> list[Point]:
-        """Every run."""
-        every = itertools.product(self.rules, self.widths, self.lrs, range(self.seeds))
-        return [Point(rule=r, width=w, lr=lr, seed=s) for r, w, lr, s in every]
+        """Every run once, all of a seed before the next."""
+        every = itertools.product(range(self.seeds), self.rules, self.widths, self.lrs)
+        return list(dict.fromkeys(self.point(r, w, lr, s) for s, r, w, lr in every))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,7 +76,7 @@ class Sweep:
 
     def loss(self, rule: str, width: int, lr: float) -> float:
         """Mean over seeds."""
-        return fmean(self.losses[p.name] for p in self.grid.points() if (p.rule, p.width, p.lr) == (rule, width, lr))
+        return fmean(self.losses[self.grid.point(rule, width, lr, s).name] for s in range(self.grid.seeds))
 
     def best(self, rule: str, width: int) -> float:
         """The rate of the smallest loss."""

@@ -33,6 +33,9 @@ __all__ = ["Config", "Images", "LLaDAV"]
 Images = Tensor | Sequence[Tensor | Crops]
 """Float [M, 3, S, S], one crop per image; or one `Crops` per image (a tensor [T, 3, S, S] has a flat view)."""
 
+EMBEDDING_STD = 0.7
+"""Of text embeddings beside image features in one sequence."""
+
 _CROPS_AT_ONCE = 16
 
 
@@ -89,6 +92,13 @@ class LLaDAV(PretrainedModule):
         if generator is not None:
             self.vision.init_(generator)
             nn.init.normal_(self.newline, 0.0, config.language.width**-0.5, generator=generator)
+            self._lift_text()
+
+    @torch.no_grad()
+    def _lift_text(self) -> None:
+        """Bring fresh text embeddings to the scale of image features, beside which 1/sqrt(D) would be drowned."""
+        if not self.config.language.tied:
+            self.language.embed_tokens.weight.mul_(EMBEDDING_STD * self.config.language.width**0.5)
 
     def layout(self) -> Layout:
         """What this model expects of a sequence."""

@@ -22,13 +22,10 @@ from mmdiff.config import Field, config
 from mmdiff.errors import ConfigError
 from mmdiff.images import Tiling
 from mmdiff.models.llada import Config as LanguageConfig
-from mmdiff.models.llada_v import LLaDAV
+from mmdiff.models.llada_v import EMBEDDING_STD, LLaDAV
 from mmdiff.models.vision import Config as VisionConfig
 
 __all__ = ["CodesConfig", "Config", "Unified"]
-
-
-_EMBEDDING_STD = 0.7
 
 
 @config
@@ -135,17 +132,17 @@ class ImageCodes(nn.Module):
         """Draw initial weights: tables at about unit scale, fan-in matrices, zero biases."""
         std = self.head.in_features**-0.5
         for table in (self.embedding, self.position):
-            nn.init.normal_(table.weight, 0.0, _EMBEDDING_STD, generator=generator)
+            nn.init.normal_(table.weight, 0.0, EMBEDDING_STD, generator=generator)
         for linear in (cast("nn.Linear", self.transform[0]), self.head):
             nn.init.trunc_normal_(linear.weight, 0.0, std, -3 * std, 3 * std, generator=generator)
             nn.init.zeros_(linear.bias)
         if self.shared:
             # What is shared speaks first; what is one code's own is learnt on top of it.
             own = self.embedding.weight[:-1]
-            nn.init.normal_(own, 0.0, 0.1 * _EMBEDDING_STD, generator=generator)
+            nn.init.normal_(own, 0.0, 0.1 * EMBEDDING_STD, generator=generator)
             nn.init.zeros_(self.head.weight)
             embedding, head = (cast("nn.Linear", self.shared[name]) for name in ("embedding", "head"))
-            nn.init.normal_(embedding.weight, 0.0, _EMBEDDING_STD / 2, generator=generator)
+            nn.init.normal_(embedding.weight, 0.0, EMBEDDING_STD / 2, generator=generator)
             nn.init.normal_(head.weight, 0.0, std / 2, generator=generator)
         return self
 
@@ -175,7 +172,7 @@ class Unified(LLaDAV):
         if generator is not None:
             self.codes.init_(generator)
             # Vision features enter at unit scale; text at LLaDA's 1/sqrt(D) would be drowned beside them.
-            nn.init.normal_(self.language.embed_tokens.weight, 0.0, _EMBEDDING_STD, generator=generator)
+            nn.init.normal_(self.language.embed_tokens.weight, 0.0, EMBEDDING_STD, generator=generator)
 
     def layout(self) -> Layout:
         """What this model expects of a sequence."""

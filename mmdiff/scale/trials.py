@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmdiff import rng
+from mmdiff.batch import IGNORE
 from mmdiff.errors import ConfigError
 from mmdiff.models import registry
 from mmdiff.scale import mup
@@ -127,14 +128,14 @@ def _mse(output: Tensor, batch: Batch) -> Tensor:
 
 
 def _cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
-    """Classes on the last axis."""
+    """Classes on the last axis; targets that are not learnt are `IGNORE`."""
     return F.cross_entropy(logits.flatten(0, -2), batch["target"].flatten())
 
 
 def _text(config: Any, b: int, g: torch.Generator) -> Batch:
     ids = _ids(config.vocab_size, (b, TEXT_TOKENS), g)
     masked = rng.uniform(g, ids.shape) < 0.5
-    return {"ids": ids.masked_fill(masked, config.mask_id), "target": ids}
+    return {"ids": ids.masked_fill(masked, config.mask_id), "target": ids.masked_fill(~masked, IGNORE)}
 
 
 def _seen_text(config: Any, b: int, g: torch.Generator) -> Batch:
@@ -205,7 +206,7 @@ def _masked_prompts(config: Any, b: int, g: torch.Generator) -> Batch:
         "context": rng.normal(g, (b, TEXT_TOKENS, config.context_channels)),
         "pooled": rng.normal(g, (b, config.pooled_channels)),
         "micro": 100 * rng.uniform(g, (b, 5)),
-        "target": codes,
+        "target": codes.masked_fill(~masked, IGNORE),
     }
 
 
@@ -219,7 +220,7 @@ _FLAT: Recipe = {"input": Normal(0.1), "hidden": Normal(0.1), "output": Constant
 
 PROBLEMS: dict[str, Problem] = {
     "llada": Problem(_text, lambda model, batch: model(batch["ids"]), _cross_entropy, _FLAT),
-    "llada_v": Problem(_seen_text, _run_seen_text, _cross_entropy, _FLAT),
+    "llada_v": Problem(_seen_text, _run_seen_text, _cross_entropy),
     "maskgit": Problem(
         _codes,
         lambda model, batch: model(batch["codes"], batch["labels"]),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import math
@@ -160,8 +161,12 @@ def test_a_sweep_goes_on_where_it_was_and_writes_what_it_found(recipe, tmp_path,
     done = len(list((tmp_path / "sweep" / "points").glob("*/result.json")))
     assert done == 2
     sweep = run_sweep(str(recipe), [], grid, tmp_path / "sweep")
-    assert len(ran) == 3 + 8 - done
-    # At the base the two parametrisations are one.
+    assert len(ran) == 3 + 6 - done
+    # At the base the two parametrisations are one, and its runs are made once.
+    alone = dataclasses.replace(grid, widths=(16,), rules=("mup",))
+    assert run_sweep(str(recipe), [], alone, tmp_path / "alone").loss("mup", 16, 2.0**-5) == sweep.loss(
+        "sp", 16, 2.0**-5
+    )
     for lr in grid.lrs:
         assert sweep.loss("sp", 16, lr) == sweep.loss("mup", 16, lr)
         assert sweep.loss("sp", 32, lr) != sweep.loss("mup", 32, lr)

@@ -161,3 +161,14 @@ def test_sizes_of_codes_and_pooling_are_checked() -> None:
         dataclasses.replace(SHARING, pool=3)
     with pytest.raises(ConfigError, match="exclude each other"):
         dataclasses.replace(SHARING, tiling=Tiling())
+
+
+@torch.no_grad()
+def test_fresh_text_enters_beside_images_at_their_scale():
+    """At the text model's own 1/sqrt(D) it is drowned, and the first updates of its readout are chance."""
+    for width in (32, 128):
+        language = LANGUAGE.with_width(width)
+        config = llada_v.Config(language=language, vision=VISION, tiling=None)
+        fresh = llada_v.LLaDAV(config, generator=rng.generator(0, "init"))
+        text, image = fresh.language.embed_tokens.weight.std(), fresh.features(pixels(4)).std()
+        assert 0.3 < float(text / image) < 3
