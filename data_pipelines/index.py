@@ -28,7 +28,6 @@ __all__ = [
     "ShardIndex",
     "build_index",
     "index_name",
-    "load_or_build",
     "parse_index",
     "read_index",
     "split_name",
@@ -222,19 +221,6 @@ def parse_index(data: bytes, url: str) -> ShardIndex:
         raise ShardError(
             f"{index_name(url)}: not a valid index ({type(error).__name__}: {error}); run: mmdiff data index"
         ) from None
-
-
-def load_or_build(shard: str | Path) -> ShardIndex:
-    """Index of a local shard: the saved one, else a new one, saved beside the shard where that is allowed."""
-    path = Path(index_name(shard))
-    if path.is_file():
-        return read_index(path, url=str(shard))
-    index = build_index(shard)
-    try:
-        write_index(index, path)
-    except OSError:
-        pass  # a read-only folder costs one pass over the shard at each start, nothing else
-    return index
 
 
 _COLUMNS: dict[str, Any] = {

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from mmdiff.errors import ShardError
 
-from .index import ShardIndex, build_index, index_name, load_or_build, parse_index
+from .index import ShardIndex, build_index, index_name, parse_index, read_index
 from .ranges import REMOTE, RangeReader, scheme_of, shown
 
 __all__ = ["embedded_root", "expand", "open_shards", "size_complaint"]
@@ -90,13 +90,16 @@ def size_complaint(shard: ShardIndex, size: int) -> str | None:
 
 
 def _index(url: str, ranges: RangeReader) -> ShardIndex:
+    """The index beside a shard, else a new one, which is not saved: reading writes nothing."""
     if scheme_of(url) not in REMOTE:
-        return load_or_build(url)
+        if Path(index_name(url)).is_file():
+            return read_index(index_name(url), url=url)
     # A signed address opens one file, not its neighbour.
-    data = None if "?" in url else ranges.whole(index_name(url), 1 << 30)
-    if data is not None:
+    elif "?" not in url and (data := ranges.whole(index_name(url), 1 << 30)) is not None:
         return parse_index(data, url)
     _log.warning("%s has no index beside it; reading it once (mmdiff data index would save this)", shown(url))
+    if scheme_of(url) not in REMOTE:
+        return build_index(url)
     with ranges.stream(url) as stream:
         return build_index(url, url=url, stream=stream)
 

@@ -6,6 +6,7 @@ What the numbers mean (FID, KID) lives in `eval.fid` and `eval.kid`; where featu
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import zipfile
 from collections.abc import Iterable
@@ -25,6 +26,8 @@ __all__ = ["Moments", "Statistics", "array_names", "file_sha256", "read_statisti
 
 _MAX_STATISTICS_BYTES = 4 << 30
 """ADM's reference files carry 10,000 images beside the statistics."""
+_MAX_INFLATED, _MAX_RATIO = 64 << 20, 20
+"""An array may inflate to this many bytes, or to this many times its file."""
 _MAX_DIM = 8192
 _SYMMETRY = 1e-4
 """Largest relative asymmetry of a covariance in a file; published float32 files have about 1e-7."""
@@ -160,6 +163,8 @@ def read_statistics(
             if missing := set(names) - set(archive.files):
                 found = ", ".join(archive.files[:8]) or "nothing"
                 raise ConfigError(f"{path}: holds {found}; statistics need {' and '.join(sorted(missing))}")
+            for name in names:
+                _check_claim(archive.zip, f"{name}.npy", path)
             mean, covariance = (archive[name] for name in names)
             count = int(archive["n"]) if "n" in archive.files else None
     except (ValueError, OSError, EOFError, KeyError, TypeError, zipfile.BadZipFile) as error:
@@ -206,6 +211,20 @@ def _check_file(path: Path, sha256: str | None) -> None:
         raise ConfigError(f"sha256 {sha256!r} has {len(sha256)} digits; give at least 8")
     if not (found := file_sha256(path)).startswith(sha256.lower()):
         raise ConfigError(f"{path}: sha256 is {found}, expected {sha256}; download or compute the statistics again")
+
+
+def _check_claim(archive: zipfile.ZipFile, name: str, path: Path) -> None:
+    """Refuse an array whose header or whose packing claims more than the file can hold, before memory is taken."""
+    stored = archive.getinfo(name).file_size
+    if stored > max(_MAX_INFLATED, _MAX_RATIO * path.stat().st_size):
+        raise ConfigError(f"{path}: {name} inflates to {stored:,} bytes; statistics are not so compressible")
+    with archive.open(name) as stream:
+        version = np.lib.format.read_magic(stream)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(stream)
+        claimed = math.prod(shape) * dtype.itemsize
+        if not dtype.hasobject and claimed != stored - stream.tell():
+            raise ConfigError(f"{path}: {name} claims {claimed:,} bytes and holds {stored - stream.tell():,}")
 
 
 def _check_arrays(path: Path, mean: np.ndarray, covariance: np.ndarray, dim: int | None) -> None:

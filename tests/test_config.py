@@ -337,7 +337,7 @@ def test_later_override_wins() -> None:
     assert cfg.load(Run, {"seed": 1}, ["seed=2", "seed=3"]).seed == 3
 
 
-def test_alias_bomb_is_refused(tmp_path: Path) -> None:
+def test_r09_alias_bomb_is_refused(tmp_path: Path) -> None:
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 10)]
     file = tmp_path / "bomb.yaml"

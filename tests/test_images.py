@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import random
+import resource
 import struct
 import time
 import urllib.request
@@ -66,7 +67,7 @@ def test_formats_outside_the_list_are_refused(kind: str) -> None:
     assert reason(encoded(gradient(), kind)) == "undecodable_image"
 
 
-def test_7000_fuzzed_images_raise_nothing_but_sample_errors() -> None:
+def test_r08_7000_fuzzed_images_raise_nothing_but_sample_errors() -> None:
     draw = random.Random(0)
     small = gradient(24, 16)
     exif = Image.Exif()
@@ -84,6 +85,7 @@ def test_7000_fuzzed_images_raise_nothing_but_sample_errors() -> None:
     ]
     decoded = refused = 0
     slowest = 0.0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for number in range(7000):
         data = bytearray(seeds[number % len(seeds)])
         for _ in range(draw.choice((1, 1, 2, 4, 16))):
@@ -98,12 +100,13 @@ def test_7000_fuzzed_images_raise_nothing_but_sample_errors() -> None:
             refused += 1
         slowest = max(slowest, time.perf_counter() - started)
     assert slowest < 2
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 400 << 10  # kilobytes
     assert decoded > 1000
     assert refused > 1000
 
 
 @pytest.mark.parametrize(("width", "height"), [(13_000, 13_000), (40_000, 10), (8_001, 8_000)])
-def test_bombs_are_refused_by_their_header(width: int, height: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_r09_bombs_are_refused_by_their_header(width: int, height: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*_: object) -> None:
         raise AssertionError("pixels were decoded")
 

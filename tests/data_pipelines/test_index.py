@@ -13,10 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipelines.index import SUFFIXES, build_index, index_name, load_or_build, parse_index, read_index, split_name
+from data_pipelines.index import SUFFIXES, build_index, index_name, parse_index, read_index, split_name
 from data_pipelines.pack import write_shards
+from data_pipelines.source import open_shards
 from data_pipelines.tarscan import MAX_MEMBER_BYTES
 from mmdiff.errors import ConfigError, ShardError
+from tests.helpers.audit import watch
 
 Make = Callable[..., list[Path]]
 
@@ -112,12 +114,17 @@ def test_a_saved_index_equals_a_new_one(make_shards: Make) -> None:
         assert [e.concept for e in saved][:2] == [f"c{int(saved.key(i)[-1]) % 5}" for i in range(2)]
 
 
-def test_a_missing_index_is_built_and_saved(make_shards: Make) -> None:
+def test_r28_a_missing_index_is_built_in_memory_and_nothing_is_written(
+    make_shards: Make, caplog: pytest.LogCaptureFixture
+) -> None:
     (shard,) = make_shards(3)
-    before = Path(index_name(shard)).read_bytes()
+    saved = read_index(index_name(shard))
     Path(index_name(shard)).unlink()
-    assert len(load_or_build(shard)) == 3
-    assert Path(index_name(shard)).read_bytes() == before
+    with watch() as seen:
+        (built,) = open_shards(str(shard))
+    assert list(built) == list(saved)
+    assert seen.written == []
+    assert f"{shard} has no index beside it" in caplog.text
 
 
 def test_unknown_suffixes_are_counted_not_read(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from data_pipelines.index import ShardIndex, parse_index
 from data_pipelines.loader import DataConfig, Loader, Skip, open_loader
-from data_pipelines.pack import write_shards
+from data_pipelines.pack import write_shard, write_shards
 from data_pipelines.plan import Plan, SourceTable
 from data_pipelines.reader import ShardReader
 from data_pipelines.source import open_shards
@@ -27,6 +27,7 @@ from mmdiff.batch import Batch, Layout
 from mmdiff.config import dump, load, parse
 from mmdiff.errors import ConfigError, MmdiffError, ShardError
 from mmdiff.text import Tokenizer
+from tests.helpers.dying_task import Dies
 
 from .conftest import members
 
@@ -75,7 +76,7 @@ def test_a_loader_gives_full_batches_of_all_tasks(make_shards: Make, opened: Cal
 
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.sampled_from([0, 1, 3, 7, 20]), min_size=1, max_size=7).filter(any), st.integers(0, 2**30))
-def test_two_epochs_over_uneven_shards_hold_each_key_once_per_epoch_for_any_ranks(
+def test_r04_two_epochs_over_uneven_shards_hold_each_key_once_per_epoch_for_any_ranks(
     tmp_path: Path, tokenizer: Tokenizer, layout: Layout, sizes: list[int], seed: int
 ) -> None:
     shards = []
@@ -104,12 +105,57 @@ def test_workers_change_nothing(make_shards: Make, opened: Callable[..., Loader]
     assert all(same(a, b) for a, b in zip(plain, worked, strict=True))
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_r04_uneven_shards_give_every_key_once_per_epoch_for_any_ranks_and_workers(
+    tmp_path: Path, tokenizer: Tokenizer, layout: Layout
+) -> None:
+    shards = []
+    for number, size in enumerate([0, 1, 3, 50, 0, 7, 20]):
+        path = tmp_path / f"{number}.tar"
+        shards.append(write_shard(path, [(f"{number}-{i}", members(i)) for i in range(size)]))
+    options = data(shards, [{"type": "text", "fields": ["caption"]}], batch_size=6, start_method="fork")
+    whole = [b.keys for b in take(open_loader(options, tokenizer, layout, seed=5), 27)]
+    keys = [k for batch in whole for k in batch]
+    assert [len(set(epoch)) for epoch in (keys[:81], keys[81:])] == [81, 81]
+    for world, workers in itertools.product((1, 2), (0, 1, 3)):
+        worked = dataclasses.replace(options, workers=workers)
+        ranks = [take(open_loader(worked, tokenizer, layout, seed=5, rank=r, world=world), 27) for r in range(world)]
+        assert [tuple(k for b in parts for k in b.keys) for parts in zip(*ranks, strict=True)] == whole
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_r03_resuming_with_0_then_3_then_1_workers_gives_the_same_batches(
+    make_shards: Make, opened: Callable[..., Loader]
+) -> None:
+    options = data(make_shards(40), MIXTURE, start_method="fork")
+    whole = take(opened(options), 12)
+    state = opened(options).state_dict()
+    parts: list[Batch] = []
+    for workers, count in ((0, 3), (3, 5), (1, 4)):
+        loader = opened(dataclasses.replace(options, workers=workers))
+        loader.load_state_dict(json.loads(json.dumps(state)))
+        parts += take(loader, count)
+        state = loader.state_dict()
+    assert all(same(a, b) for a, b in zip(parts, whole, strict=True))
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["spawn", "forkserver"])
-def test_workers_can_be_started_in_every_way(make_shards: Make, opened: Callable[..., Loader], method: str) -> None:
-    options = data(make_shards(10))
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_r32_workers_can_be_started_in_every_way(make_shards: Make, opened: Callable[..., Loader], method: str) -> None:
+    options = data(make_shards(10), MIXTURE)
     worked = take(opened(dataclasses.replace(options, workers=1, start_method=method)), 2)
     assert all(same(a, b) for a, b in zip(take(opened(options), 2), worked, strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_r32_a_worker_that_dies_is_reported_however_it_was_started(make_shards: Make, method: str) -> None:
+    index = open_shards([str(s) for s in make_shards(20)])
+    plan = Plan(0, [SourceTable.from_shards(index)])
+    loader = Loader(plan, [ShardReader(index)], [[Dies()]], 2, workers=1, start_method=method)
+    with pytest.raises(ShardError, match=r"s-00000\.tar"):
+        take(loader, 1)
 
 
 def test_batch_size_changes_only_where_batches_end(make_shards: Make, opened: Callable[..., Loader]) -> None:
@@ -182,7 +228,7 @@ def synthetic(samples: int, shard: Path) -> ShardIndex:
     return parse_index(json.dumps(tree).encode(), str(shard))
 
 
-def test_resuming_reads_one_batch_wherever_it_is(make_shards: Make, opened: Callable[..., Loader]) -> None:
+def test_r05_resuming_reads_one_batch_wherever_it_is(make_shards: Make, opened: Callable[..., Loader]) -> None:
     (shard,) = make_shards(1)
     source = opened(data([shard]))
     index = synthetic(50_000, shard)
@@ -207,7 +253,7 @@ def spoil(shards: list[Path], numbers: set[int], count: int, damaged: str) -> No
         if i in numbers:
             content |= {"png": b"junk"} if damaged == "image" else {"json": b"{}"}
         rows.append((f"v1.5_{i:05d}", content))
-    write_shards(rows, shards[0].parent, "s", 20)
+    write_shards(rows, shards[0].parent, "s", max(20, count // 10))
 
 
 @pytest.mark.parametrize(("damaged", "reason"), [("image", "undecodable_image"), ("caption", "missing_caption")])
@@ -237,7 +283,9 @@ def _key(loader: Loader, position: int) -> str:
     return loader._fetcher.readers[0].shards[draw.shard].key(draw.sample)
 
 
-def test_a_stretch_of_a_hundred_bad_samples_stops_with_a_list(make_shards: Make, opened: Callable[..., Loader]) -> None:
+def test_r19_a_stretch_of_a_hundred_bad_samples_stops_with_a_list(
+    make_shards: Make, opened: Callable[..., Loader]
+) -> None:
     shards = make_shards(130, 20)
     loader = opened(data(shards, batch_size=10))
     numbers = {int(_key(loader, p)[-5:]) for p in range(20, 125)}
@@ -258,7 +306,7 @@ def test_nothing_usable_stops_at_once(make_shards: Make, opened: Callable[..., L
         take(opened(data(shards)), 1)
 
 
-def test_few_bad_samples_pass_and_too_many_stop(make_shards: Make, opened: Callable[..., Loader]) -> None:
+def test_r19_few_bad_samples_pass_and_too_many_stop(make_shards: Make, opened: Callable[..., Loader]) -> None:
     shards = make_shards(200, 50)
     spoil(shards, {5}, 200, "caption")
     tasks = [{"type": "text", "fields": ["caption"]}]
@@ -269,6 +317,23 @@ def test_few_bad_samples_pass_and_too_many_stop(make_shards: Make, opened: Calla
     with pytest.raises(ShardError, match=r"max_skip_fraction is 0\.001"):
         take(strict, 12)
     assert strict.position == 900  # judged from 1,000 samples on
+
+
+def test_r19_five_bad_samples_in_ten_thousand_pass_with_exact_counts(
+    make_shards: Make, opened: Callable[..., Loader]
+) -> None:
+    shards = make_shards(2000, 2000)
+    spoil(shards, {5}, 2000, "caption")
+    (tmp,) = {s.parent for s in shards}
+    options = data([tmp], [{"type": "text", "fields": ["caption"]}], batch_size=100)
+    skips: list[Skip] = []
+    loader = opened(options, on_skip=skips.append)
+    take(loader, 40)  # two epochs: 0.05 % of the samples
+    loader.finish()
+    assert loader.skipped == {"missing_text": len(skips)}
+    assert {s.key for s in skips} == {"v1.5_00005"}
+    assert sum(_key(loader, s.position) == s.key for s in skips) == 2
+    assert loader.seen == 4000
 
 
 def test_damage_done_after_indexing_is_skipped_by_reason(make_shards: Make, opened: Callable[..., Loader]) -> None:
@@ -304,15 +369,6 @@ def test_content_that_no_task_foresaw_is_counted_but_a_wrong_configuration_is_ra
         take(Loader(plan, [ShardReader(index)], [[misconfigured]], 2), 1)
 
 
-class Dies:
-    """A task that kills its process."""
-
-    def __call__(self, sample: object, generator: object) -> Any:
-        import os
-
-        os._exit(9)
-
-
 class Complains:
     """A task that finds the configuration wrong."""
 
@@ -323,7 +379,7 @@ class Complains:
 @pytest.mark.parametrize(
     ("task", "error", "word"), [(Dies(), ShardError, r"s-00000\.tar"), (Complains(), ConfigError, "^wrong")]
 )
-def test_a_worker_that_dies_or_raises_is_reported(
+def test_r32_a_worker_that_dies_or_raises_is_reported(
     make_shards: Make, task: Any, error: type[MmdiffError], word: str
 ) -> None:
     index = open_shards([str(s) for s in make_shards(20)])
