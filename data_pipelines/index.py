@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -35,9 +36,13 @@ __all__ = [
 ]
 
 _ENCODED = tuple(f"{kind}{mirror}.npy" for kind in ("codes", "latents", "moments") for mirror in ("", "_flip"))
-SUFFIXES = (*_ENCODED, "jpg", "jpeg", "png", "webp", "gif", "bmp", "json", "txt", "cls", "npy")
-"""Suffixes that name a member of a sample; whatever stands before one is the key, dots included."""
+_PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
+SUFFIXES = (*_ENCODED, *_PICTURES, "json", "txt", "text", "caption", "cls", "npy")
+"""Suffixes that name a member of a sample; whatever stands before one is the key, dots included. Further pictures of a
+sample are ``image2.jpg``, ``image3.png``, ... up to ``image99``."""
 
+_KNOWN = "|".join((rf"(?:image(?:[2-9]|[1-9]\d)\.)?(?:{'|'.join(_PICTURES)})", *map(re.escape, SUFFIXES)))
+_NAME = re.compile(rf"(?s)(.+?)\.({_KNOWN})", re.IGNORECASE)
 _FORMAT = "mmdiff-shard-index"
 _VERSION = 1
 _MAX_MEMBERS = 10_000_000
@@ -63,7 +68,7 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ShardIndex:
-    """Index of one shard, stored by columns (about 17 bytes per member).
+    """Index of one shard, stored by columns (about 18 bytes per member).
 
     Attributes:
         url: Path or URL of the shard.
@@ -71,7 +76,7 @@ class ShardIndex:
         keys: UTF-8 keys of all samples, joined without separator.
         key_ends: Int32 [samples]; where each key ends in ``keys``.
         member_ends: Int32 [samples]; where each sample's members end in the member columns.
-        suffix: Int8 [members]; position in ``suffixes``.
+        suffix: Int16 [members]; position in ``suffixes``.
         offset: Int64 [members].
         length: Int32 [members].
         crc32: UInt32 [members].
@@ -136,10 +141,8 @@ def split_name(name: str) -> tuple[str, str]:
     >>> split_name("v1.5_img.png")
     ('v1.5_img', 'png')
     """
-    lower = name.lower()
-    for suffix in SUFFIXES:
-        if lower.endswith("." + suffix) and len(name) > len(suffix) + 1:
-            return name[: -len(suffix) - 1], suffix
+    if found := _NAME.fullmatch(name):
+        return found[1], found[2].lower()
     stem, dot, suffix = name.rpartition(".")
     return (stem, "." + suffix.lower()) if dot and stem else (name, ".")
 
@@ -225,7 +228,7 @@ def parse_index(data: bytes, url: str) -> ShardIndex:
 
 _COLUMNS: dict[str, Any] = {
     "member_ends": np.int32,
-    "suffix": np.int8,
+    "suffix": np.int16,
     "offset": np.int64,
     "length": np.int32,
     "crc32": np.uint32,
@@ -281,7 +284,7 @@ def _index_stream(stream: BinaryIO, where: str) -> ShardIndex:
         if count >= _MAX_MEMBERS:
             raise ShardError(f"{where}: more than {_MAX_MEMBERS:,} members; split the shard")
         key, suffix = split_name(name)
-        if suffix not in SUFFIXES:
+        if suffix.startswith("."):
             ignored[suffix] = ignored.get(suffix, 0) + 1
             continue
         members = samples.setdefault(key, {})
@@ -314,7 +317,7 @@ def _columns(
         keys=b"".join(keys),
         key_ends=np.cumsum([len(k) for k in keys], dtype=np.int32),
         member_ends=np.cumsum([len(m) for m in samples.values()], dtype=np.int32),
-        suffix=table[:, 0].astype(np.int8),
+        suffix=table[:, 0].astype(np.int16),
         offset=table[:, 1].copy(),
         length=table[:, 2].astype(np.int32),
         crc32=table[:, 3].astype(np.uint32),

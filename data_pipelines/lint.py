@@ -12,7 +12,7 @@ from mmdiff.images import decode
 
 from .index import SUFFIXES, ShardIndex
 from .ranges import RangeReader, shown
-from .reader import IMAGE_SUFFIXES, Sample, ShardReader
+from .reader import IMAGE_SUFFIXES, TEXT_SUFFIXES, Sample, ShardReader
 from .source import expand, open_shards, size_complaint
 
 __all__ = ["Finding", "LintReport", "lint"]
@@ -20,7 +20,7 @@ __all__ = ["Finding", "LintReport", "lint"]
 EXAMPLES = 5
 """Samples named per finding."""
 
-_TEXT_SUFFIXES = frozenset({"json", "txt", "cls"})
+_TEXT_SUFFIXES = frozenset({"json", "cls", *TEXT_SUFFIXES})
 _ADVICE = {
     "half_samples": (
         "some samples have only an image and others only a text: the two names of a pair must be equal up to the suffix"
@@ -152,7 +152,8 @@ def _look_at_sample(sample: Sample, notes: dict[str, Finding], images: bool) -> 
     if any(s in sample.members for s in IMAGE_SUFFIXES):
         if images:
             try:
-                decode(sample.image())
+                for image in sample.images():
+                    decode(image)
             except SampleError as error:
                 _note(notes, error.reason, where, str(error))
     else:

@@ -6,6 +6,7 @@ This is the first of the two places where a sample may be refused (the second is
 
 from __future__ import annotations
 
+import functools
 import json
 import zlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -19,10 +20,12 @@ from .index import Entry, Member, ShardIndex
 from .ranges import RangeReader, read_checked, shown
 from .source import open_shards, size_complaint
 
-__all__ = ["IMAGE_SUFFIXES", "Sample", "ShardReader", "iter_samples"]
+__all__ = ["IMAGE_SUFFIXES", "TEXT_SUFFIXES", "Sample", "ShardReader", "iter_samples", "numbered"]
 
 IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp", "gif", "bmp")
 """Suffixes of a sample's image, in the order in which they are tried."""
+TEXT_SUFFIXES = ("txt", "text", "caption")
+"""Suffixes of a sample's text, in the order in which they are tried; those that others use are read as well."""
 MAX_SAMPLE_BYTES = 256 << 20
 """Largest sample that is read."""
 
@@ -49,10 +52,20 @@ class Sample:
         Raises:
             SampleError: Reason ``"missing_image"``.
         """
-        for suffix in IMAGE_SUFFIXES:
-            if suffix in self.members:
-                return self.members[suffix]
+        if (data := self._image(0)) is not None:
+            return data
         raise SampleError("missing_image", f"{self}: has no image, only {', '.join(self.members) or 'nothing'}")
+
+    def images(self) -> list[bytes]:
+        """Bytes of all images: the first one, then ``image2``, ``image3``, ... for as long as there are any.
+
+        Raises:
+            SampleError: Reason ``"missing_image"``.
+        """
+        found = [self.image()]
+        while (data := self._image(len(found))) is not None:
+            found.append(data)
+        return found
 
     def info(self) -> dict[str, Any]:
         """Content of the JSON member, empty if there is none.
@@ -71,22 +84,43 @@ class Sample:
             raise SampleError("bad_json", f"{self}: the JSON member holds {type(value).__name__}, expected an object")
         return value
 
-    def text(self, suffix: str = "txt") -> str | None:
+    def text(self, suffix: str | None = None) -> str | None:
         """A text member without surrounding whitespace, None if there is none.
+
+        Args:
+            suffix: The member; default: the first of `TEXT_SUFFIXES` that is there.
 
         Raises:
             SampleError: Reason ``"bad_text"``: not UTF-8.
         """
-        data = self.members.get(suffix)
-        if data is None:
+        wanted = TEXT_SUFFIXES if suffix is None else (suffix,)
+        found = next((s for s in wanted if s in self.members), None)
+        if found is None:
             return None
         try:
-            return data.decode().strip()
+            return self.members[found].decode().strip()
         except UnicodeDecodeError:
-            raise SampleError("bad_text", f"{self}: the member {suffix!r} is not UTF-8 text") from None
+            raise SampleError("bad_text", f"{self}: the member {found!r} is not UTF-8 text") from None
+
+    def _image(self, number: int) -> bytes | None:
+        return next((self.members[s] for s in _image_names(number) if s in self.members), None)
 
     def __str__(self) -> str:
         return f"{self.url}: {self.key}"
+
+
+def numbered(number: int, suffix: str) -> str:
+    """Suffix of the member that holds image ``number``, from 0, in a file format.
+
+    >>> numbered(0, "png"), numbered(1, "jpg")
+    ('png', 'image2.jpg')
+    """
+    return f"image{number + 1}.{suffix}" if number else suffix
+
+
+@functools.cache
+def _image_names(number: int) -> tuple[str, ...]:
+    return tuple(numbered(number, suffix) for suffix in IMAGE_SUFFIXES)
 
 
 class ShardReader:

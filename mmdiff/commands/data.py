@@ -1,10 +1,12 @@
-"""``mmdiff data build|pack|index|lint|stats|cache|tokenizer``: making shards and looking into them."""
+"""``mmdiff data build|pack|index|lint|stats|reshard|split|dedup|cache|tokenizer``: making and knowing shards."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
@@ -15,7 +17,7 @@ from mmdiff.errors import ConfigError
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["app", "build", "cache", "index", "lint", "pack", "stats", "tokenizer"]
+__all__ = ["app", "build", "cache", "dedup", "index", "lint", "pack", "reshard", "split", "stats", "tokenizer"]
 
 app = typer.Typer(help="Make shards, check them, look into them.", no_args_is_help=True)
 
@@ -23,6 +25,8 @@ _JSON = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 _SHARDS = Annotated[
     list[str], typer.Argument(help="Shards: files, folders, globs, braces, URLs, or embedded:emoji/train.")
 ]
+_WORKERS = Annotated[int, typer.Option("--workers", min=1, max=256, help="Processes; the result is the same.")]
+_OVERWRITE = Annotated[bool, typer.Option("--overwrite", help="Replace shards of that name.")]
 
 
 @app.command()
@@ -44,27 +48,109 @@ def build(
 @app.command()
 def pack(
     source: Annotated[
-        Path, typer.Argument(help="Folder of images with texts, folder of class folders, or LLaVA JSON.")
+        str, typer.Argument(help="Folder of images, JSON of LLaVA, COCO or VQA, parquet file or folder, or shards.")
     ],
     out: Annotated[Path, typer.Option("--out", help="Folder for the shards.")],
-    kind: Annotated[str, typer.Option(help="auto, captions, classes or llava.")] = "auto",
-    images: Annotated[Path | None, typer.Option(help="Folder of the images of a LLaVA JSON.")] = None,
+    kind: Annotated[str, typer.Option(help="auto, captions, classes, llava, coco, vqa, table or shards.")] = "auto",
+    images: Annotated[Path | None, typer.Option(help="Folder of the images of a JSON file.")] = None,
+    answers: Annotated[Path | None, typer.Option(help="Annotations that belong to VQA's questions.")] = None,
+    captions: Annotated[
+        Path | None, typer.Option(help="JSON {key: caption} instead of the captions in shards.")
+    ] = None,
     name: Annotated[str, typer.Option(help="First part of the shards' names.")] = "shard",
     samples_per_shard: Annotated[int, typer.Option(min=1, help="Samples per shard.")] = 2000,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace shards of that name.")] = False,
+    workers: _WORKERS = 1,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out and count unreadable samples.")] = False,
+    overwrite: _OVERWRITE = False,
     as_json: _JSON = False,
 ) -> None:
-    """Pack images and texts into shards with indexes."""
-    from data_pipelines.importers import read_folder
-    from data_pipelines.index import index_name, read_index
-    from data_pipelines.pack import write_shards
+    """Pack images and texts into shards with indexes; run again after an interruption, it goes on."""
+    from data_pipelines.importers import Extra, open_rows
+    from data_pipelines.pack import pack as write
 
-    if not overwrite and any(out.glob(f"{name}-*.tar")):
-        raise ConfigError(f"{out}: holds shards named {name}-*.tar already; add --overwrite, or choose another --name")
-    shards = write_shards(_bar(read_folder(source, kind, images)), out, name, samples_per_shard)
-    samples = sum(len(read_index(index_name(shard))) for shard in shards)
-    result = {"shards": [str(s) for s in shards], "samples": samples}
-    typer.echo(json.dumps(result) if as_json else f"{samples:,} samples in {len(shards):,} shards in {out}")
+    rows = open_rows(source, kind, Extra(images=images, answers=answers, captions=captions))
+    with _counter(len(rows)) as tick:
+        report = write(
+            rows, out, name, samples_per_shard, workers=workers, skip_bad=skip_bad, overwrite=overwrite, tick=tick
+        )
+    _print(report if as_json else _packed(report, out), as_json)
+
+
+@app.command()
+def reshard(
+    shards: _SHARDS,
+    out: Annotated[Path, typer.Option("--out", help="Folder for the new shards.")],
+    samples_per_shard: Annotated[int, typer.Option(min=1, help="Samples per new shard.")] = 2000,
+    name: Annotated[str, typer.Option(help="First part of the shards' names.")] = "shard",
+    shuffle: Annotated[int | None, typer.Option(help="Seed of a new order; default: the present one.")] = None,
+    workers: _WORKERS = 1,
+    overwrite: _OVERWRITE = False,
+    as_json: _JSON = False,
+) -> None:
+    """Write the samples of shards into shards of another size."""
+    from data_pipelines.sets import reshard as write
+
+    with _counter(_samples(shards)) as tick:
+        report = write(
+            shards,
+            out,
+            samples_per_shard,
+            name=name,
+            shuffle=shuffle,
+            workers=workers,
+            overwrite=overwrite,
+            tick=tick,
+        )
+    _print(report if as_json else _packed(report, out), as_json)
+
+
+@app.command()
+def split(
+    shards: _SHARDS,
+    out: Annotated[Path, typer.Option("--out", help="Folder in which each part gets a folder.")],
+    parts: Annotated[str, typer.Option(help="Names and shares, such as train=0.98,test=0.02.")] = "train=0.9,test=0.1",
+    seed: Annotated[int, typer.Option(help="Another seed, another split.")] = 0,
+    near: Annotated[bool, typer.Option("--near", help="Also keep together pictures that look alike.")] = False,
+    samples_per_shard: Annotated[int, typer.Option(min=1, help="Samples per new shard.")] = 2000,
+    workers: _WORKERS = 1,
+    overwrite: _OVERWRITE = False,
+    as_json: _JSON = False,
+) -> None:
+    """Split shards by the content of their pictures: the same picture is never in two parts."""
+    from data_pipelines.sets import split as divide
+
+    with _counter(2 * _samples(shards)) as tick:
+        report = divide(
+            shards,
+            out,
+            _shares(parts),
+            seed=seed,
+            near=near,
+            samples_per_shard=samples_per_shard,
+            workers=workers,
+            overwrite=overwrite,
+            tick=tick,
+        )
+    counts = ", ".join(f"{name} {part.samples:,}" for name, part in report.parts.items())
+    text = f"{counts} samples in {out}; {report.groups:,} groups share pictures, {report.unreadable:,} unreadable"
+    _print(report if as_json else text, as_json)
+
+
+@app.command()
+def dedup(
+    shards: _SHARDS,
+    out: Annotated[Path | None, typer.Option("--out", help="File for all groups as JSON.")] = None,
+    workers: _WORKERS = 1,
+    as_json: _JSON = False,
+) -> None:
+    """Report identical and similar pictures; give a training and a test set to see what they have in common."""
+    from data_pipelines.sets import dedup as look
+
+    with _counter(_samples(shards)) as tick:
+        report = look(shards, workers=workers, tick=tick)
+    if out is not None:
+        out.write_text(json.dumps(dataclasses.asdict(report), indent=1) + "\n", encoding="utf-8")
+    _print(report, as_json)
 
 
 @app.command()
@@ -107,11 +193,32 @@ def lint(
 
 
 @app.command()
-def stats(shards: _SHARDS, as_json: _JSON = False) -> None:
+def stats(
+    shards: _SHARDS,
+    page: Annotated[
+        Path | None, typer.Option(help="Also write a page with histograms and pictures: FILE.html.")
+    ] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="Folder of a tokenizer, to count tokens.")] = None,
+    as_json: _JSON = False,
+) -> None:
     """Count what shards hold."""
     from data_pipelines.stats import stats as count
 
-    _print(count(shards, progress=_bar), as_json)
+    tokens = None
+    if tokenizer is not None:
+        from mmdiff.text import Tokenizer
+
+        read = Tokenizer.from_pretrained(tokenizer)
+
+        def tokens(text: str) -> int:
+            return len(read.encode(text))
+
+    report = count(shards, tokens=tokens, thumbnails=60 if page is not None else 0, progress=_bar)
+    if page is not None:
+        from mmdiff.commands.data_page import write_page
+
+        write_page(page, report, shards)
+    typer.echo(json.dumps(report.counts()) if as_json else str(report))
 
 
 @app.command()
@@ -184,6 +291,45 @@ def _bar(items: Iterable[Any]) -> Iterable[Any]:
     from tqdm import tqdm
 
     return tqdm(items, unit=" items", disable=None)  # on stderr, and only where somebody watches
+
+
+@contextlib.contextmanager
+def _counter(total: int) -> Iterator[Callable[[int], None]]:
+    """A bar with rate and remaining time, to be moved on by numbers of samples."""
+    from tqdm import tqdm
+
+    with tqdm(total=total, unit=" samples", disable=None, smoothing=0.05) as bar:
+
+        def tick(done: int) -> None:
+            bar.update(done)
+
+        yield tick
+
+
+def _samples(shards: list[str]) -> int:
+    from data_pipelines.source import open_shards
+
+    return sum(len(index) for index in open_shards(shards))
+
+
+def _packed(report: Any, out: Path) -> str:
+    text = f"{report.samples:,} samples in {len(report.shards):,} shards in {out}"
+    if report.resumed:
+        text += f", {report.resumed:,} of them finished before"
+    if report.skipped:
+        reasons = ", ".join(f"{reason} {count:,}" for reason, count in sorted(report.skipped.items()))
+        text += f"; {sum(report.skipped.values()):,} samples left out ({reasons})"
+    return text
+
+
+def _shares(parts: str) -> dict[str, float]:
+    shares: dict[str, float] = {}
+    for part in parts.split(","):
+        name, _, share = part.partition("=")
+        if not re.fullmatch(r"[\w.+-]+", name) or not re.fullmatch(r"\d*\.?\d+", share) or name in shares:
+            raise ConfigError(f"--parts {parts}: expected names and shares, such as train=0.98,test=0.02")
+        shares[name] = float(share)
+    return shares
 
 
 def _print(report: Any, as_json: bool) -> None:

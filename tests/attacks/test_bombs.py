@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipelines.importers import read_folder
+from data_pipelines.importers import open_rows
 from data_pipelines.index import build_index
 from data_pipelines.latents import read_array
 from data_pipelines.pack import write_shards
@@ -115,7 +115,7 @@ def nested_json():
 
 def llava_json():
     (folder / "llava.json").write_text("[" * 200_000)
-    list(read_folder(folder / "llava.json"))
+    list(open_rows(folder / "llava.json"))
 
 
 def resident(peak):

@@ -56,6 +56,42 @@ def test_packing_twice_needs_a_word(folder: Path, tmp_path: Path) -> None:
     run("pack", folder, "--out", tmp_path / "s", "--overwrite")
 
 
+def test_shards_are_resharded_split_and_searched_for_duplicates(folder: Path, tmp_path: Path) -> None:
+    (folder / "copy.png").write_bytes((folder / "v1.2.png").read_bytes())
+    (folder / "copy.txt").write_text("the same")
+    run("pack", folder, "--out", tmp_path / "s", "--samples-per-shard", 3, "--workers", 2)
+    again = json.loads(run("reshard", tmp_path / "s", "--out", tmp_path / "r", "--samples-per-shard", 2, "--json"))
+    assert (again["samples"], len(again["shards"]), again["resumed"]) == (7, 4, 0)
+    report = json.loads(run("dedup", tmp_path / "r", "--out", tmp_path / "found.json", "--json"))
+    assert len(report["exact"]) == 1
+    assert json.loads((tmp_path / "found.json").read_text()) == report
+    text = run("split", tmp_path / "s", "--out", tmp_path / "p", "--parts", "train=0.6,test=0.4")
+    assert "1 groups share pictures, 0 unreadable" in text
+    assert "across the given names: 0 groups" in run("dedup", tmp_path / "p" / "train", tmp_path / "p" / "test")
+    for parts in ("train", "train=1,test=x", "a=0.5,a=0.5", "../a=0.5,b=0.5", "a=0.9,b=0.3"):
+        assert "error: " in run("split", tmp_path / "s", "--out", tmp_path / "q", "--parts", parts, code=2)
+
+
+def test_bad_samples_are_left_out_and_named_if_asked(folder: Path, tmp_path: Path) -> None:
+    entries = [{"image": f"v1.{i}.png", "conversations": []} for i in range(8)]
+    (folder / "d.json").write_text(json.dumps(entries))
+    assert "v1.6.png: cannot be read" in run("pack", folder / "d.json", "--out", tmp_path / "s", code=3)
+    text = run("pack", folder / "d.json", "--out", tmp_path / "t", "--skip-bad")
+    assert "6 samples in 1 shards" in text
+    assert "2 samples left out (missing_file 2)" in text
+
+
+def test_statistics_become_a_page_without_anything_from_outside(folder: Path, tmp_path: Path) -> None:
+    (folder / "v1.0.txt").write_text("<script>alert(1)</script>")
+    run("pack", folder, "--out", tmp_path / "s")
+    run("tokenizer", tmp_path / "s", "--vocab-size", 300, "--out", tmp_path / "tok")
+    run("stats", tmp_path / "s", "--page", tmp_path / "out" / "page.html", "--tokenizer", tmp_path / "tok")
+    page = (tmp_path / "out" / "page.html").read_text()
+    assert page.count("data:image/png;base64,") == 6
+    assert "Tokens of the captions" in page
+    assert "<script" not in page
+
+
 def test_lint_ends_with_three_where_something_is_wrong(folder: Path, tmp_path: Path) -> None:
     (folder / "v1.3.png").write_bytes(b"junk")
     run("pack", folder, "--out", tmp_path / "s")

@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 
 from data_pipelines.cache import CACHE_FILE, cache
-from data_pipelines.importers import read_folder
+from data_pipelines.importers import Extra, open_rows
 from data_pipelines.lint import lint
 from data_pipelines.pack import write_shards
 from data_pipelines.reader import Sample, iter_samples
-from data_pipelines.stats import stats, texts_of
+from data_pipelines.stats import histogram, stats, texts_of
 from data_pipelines.task_config import TextToImageConfig
 from data_pipelines.tasks import build_task
 from mmdiff.batch import Layout
-from mmdiff.errors import ConfigError, ShardError
+from mmdiff.errors import ConfigError, SampleError, ShardError
 from mmdiff.rng import generator
 from mmdiff.text import Tokenizer
 
@@ -152,6 +152,38 @@ def test_stats_count_what_is_there(make_shards: Make) -> None:
     assert "captions             12" in str(result)
 
 
+def test_stats_count_images_tokens_turns_and_what_cannot_be_used(tmp_path: Path) -> None:
+    talk = [{"from": "human", "value": "a b"}, {"from": "gpt", "value": "a b c"}, {"from": "gpt", "value": "d"}]
+    rows = [
+        ("a", {"png": png(1), "image2.png": png(2, 40), "json": json.dumps({"conversations": talk}).encode()}),
+        (
+            "b",
+            {"png": png(3), "json": b'{"caption": "one two three", "qa": [["q", "yes", "k"], ["q", "not so", "k"]]}'},
+        ),
+        ("c", {"txt": b"one two three four"}),
+        ("d", {"png": b"junk", "txt": b"x"}),
+    ]
+    (shard,) = write_shards(rows, tmp_path, "s")
+    result = stats(str(shard), tokens=lambda text: len(text.split()), thumbnails=3)
+    assert (result.samples, result.unusable, result.reasons) == (4, 1, {"undecodable_image": 1})
+    assert result.images == {"0": 1, "1": 2, "2": 1}
+    assert result.longer_side == {"9-16": 2, "17-32": 0, "33-64": 1}
+    assert result.caption_lengths == {"3-4": 2}
+    assert result.caption_tokens == {"3-4": 2}
+    assert result.answer_tokens == {"2": 2, "3-4": 2}
+    assert result.turns == {"3-4": 1}
+    assert [name.rpartition(": ")[2] for name, _ in result.thumbnails] == ["a", "b"]
+    assert "thumbnails" not in result.counts()
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [({}, {}), ({0: 3}, {"0": 3}), ({1: 1, 2: 1, 5: 4}, {"1": 1, "2": 1, "3-4": 0, "5-8": 4}), ({16: 1}, {"9-16": 1})],
+)
+def test_bins_of_histograms_double(values: dict[int, int], expected: dict[str, int]) -> None:
+    assert histogram(values) == expected
+
+
 def test_texts_hold_captions_questions_and_answers(make_shards: Make) -> None:
     texts = Counter(texts_of(str(make_shards(2)[0])))
     for text in ("thing 0", "a thing called 1", "What is it?", "yes", "Describe this image.", "c0"):
@@ -170,7 +202,7 @@ def test_images_with_texts_beside_them_are_imported(tmp_path: Path) -> None:
     write(tmp_path / "b.v1.txt", "two")
     write(tmp_path / "sub" / "a.png", png(2))
     write(tmp_path / "sub" / "a.json", {"caption": "one"})
-    rows = dict(read_folder(tmp_path))
+    rows = dict(open_rows(tmp_path))
     assert rows == {
         "b.v1": {"png": png(1), "txt": b"two"},
         "sub/a": {"png": png(2), "json": b'{"caption": "one"}'},
@@ -185,20 +217,23 @@ def test_images_with_texts_beside_them_are_imported(tmp_path: Path) -> None:
         ("captions.json", [{"image": "x/a.png", "caption": "red"}, {"file_name": "./b.png", "caption": "blue"}]),
         ("metadata.jsonl", '{"file_name": "x/a.png", "text": "red"}\n{"file_name": "b.png", "text": "blue"}\n'),
         ("captions.txt", "x/a.png\tred\nb.png\tblue\n"),
+        ("captions.tsv", "x/a.png\tred\nb.png\tblue\n"),
+        ("metadata.csv", 'file_name,text\nx/a.png,red\nb.png,"blue"\n'),
+        ("captions.csv", "\ufeffimage,caption,source\nx/a.png,red,web\n./b.png,blue,\n"),
     ],
 )
 def test_tables_of_captions_are_imported(tmp_path: Path, name: str, content: object) -> None:
     write(tmp_path / "x" / "a.png", png(1))
     write(tmp_path / "b.png", png(2))
     write(tmp_path / name, content)
-    rows = {key: json.loads(m["json"])["caption"] for key, m in read_folder(tmp_path)}
+    rows = {key: json.loads(m["json"])["caption"] for key, m in open_rows(tmp_path)}
     assert rows == {"x/a": "red", "b": "blue"}
 
 
 def test_class_folders_are_imported(tmp_path: Path) -> None:
     write(tmp_path / "red_fox" / "1.png", png(1))
     write(tmp_path / "cat" / "1.png", png(2))
-    rows = dict(read_folder(tmp_path))
+    rows = dict(open_rows(tmp_path))
     assert {k: m["cls"] for k, m in rows.items()} == {"cat/1": b"0", "red_fox/1": b"1"}
     assert json.loads(rows["red_fox/1"]["json"]) == {"caption": "red fox", "concept": "red_fox"}
 
@@ -208,7 +243,7 @@ def test_llava_files_are_imported_unchanged(tmp_path: Path) -> None:
     write(tmp_path / "im" / "a.png", png(1))
     entries = [{"id": "x 1", "image": "a.png", "conversations": turns}, {"id": "x 1", "conversations": turns}]
     write(tmp_path / "data.json", entries)
-    rows = list(read_folder(tmp_path / "data.json", images=tmp_path / "im"))
+    rows = list(open_rows(tmp_path / "data.json", extra=Extra(images=tmp_path / "im")))
     assert [key for key, _ in rows] == ["x_1", "entry_000000001"]
     assert rows[0][1]["png"] == png(1)
     assert json.loads(rows[0][1]["json"])["conversations"] == turns
@@ -229,15 +264,15 @@ def test_llava_files_are_imported_unchanged(tmp_path: Path) -> None:
 def test_bad_llava_files_are_refused(tmp_path: Path, content: object, word: str) -> None:
     write(tmp_path / "secret.png", png(1))
     write(tmp_path / "in" / "data.json", content)
-    with pytest.raises(ConfigError, match=word):
-        list(read_folder(tmp_path / "in" / "data.json"))
+    with pytest.raises((ConfigError, SampleError), match=word):
+        list(open_rows(tmp_path / "in" / "data.json"))
 
 
 def test_folders_of_nothing_and_unknown_kinds_are_refused(tmp_path: Path) -> None:
     for source, kind, word in ((tmp_path, "auto", "found neither"), (tmp_path / "x", "auto", "expected a folder")):
         with pytest.raises(ConfigError, match=word):
-            list(read_folder(source, kind))
+            open_rows(source, kind)
     with pytest.raises(ConfigError, match="expected auto"):
-        list(read_folder(tmp_path, "parquet"))
+        open_rows(tmp_path, "zip")
     with pytest.raises(ConfigError, match="no images"):
-        list(read_folder(tmp_path, "captions"))
+        open_rows(tmp_path, "captions")
