@@ -1,6 +1,6 @@
 """Byte ranges over http and https with the standard library: no other package is needed for plain web servers.
 
-Retrying is ``source``'s business; here one request is made and its answer checked.
+Retrying is ``ranges``' business; here one request is made and its answer checked.
 """
 
 from __future__ import annotations
@@ -13,10 +13,26 @@ import urllib.request
 from mmdiff.errors import ShardError
 from mmdiff.images import redact
 
-__all__ = ["HttpStore"]
+__all__ = ["HttpStore", "InterruptedTransferError"]
 
 TIMEOUT_SECONDS = 30.0
 """Longest wait for a connection or for the next bytes."""
+
+
+_CHUNK = 1 << 20
+
+
+class InterruptedTransferError(OSError):
+    """A connection that ended too early, with what had arrived: the next try goes on behind it.
+
+    Args:
+        message: What happened.
+        data: Bytes from the beginning of the range on.
+    """
+
+    def __init__(self, message: str, data: bytes) -> None:
+        super().__init__(message)
+        self.data = data
 
 
 class HttpStore:
@@ -45,7 +61,11 @@ class HttpStore:
         return True
 
     def cat_file(self, url: str, start: int, end: int) -> bytes:
-        """The bytes from ``start`` to before ``end``, fewer at the end of the file; errors as `size`."""
+        """The bytes from ``start`` to before ``end``, fewer at the end of the file; errors as `size`.
+
+        Raises:
+            InterruptedTransferError: Only a part of them arrived.
+        """
         return self._request(url, start, end)[0]
 
     def _request(self, url: str, start: int, end: int) -> tuple[bytes, int]:
@@ -58,7 +78,7 @@ class HttpStore:
                 if answer.status != 206 or not span or int(span[1]) != start:
                     raise ShardError(f"{redact(url)}: the server does not serve ranges; download the shards first")
                 wanted = min(end, int(span[3])) - start
-                data = answer.read(wanted)
+                data = _read(answer, wanted)
         except urllib.error.HTTPError as error:
             error.close()
             if error.code in (404, 410):
@@ -71,7 +91,7 @@ class HttpStore:
         except http.client.HTTPException as error:
             raise OSError(f"the connection broke ({type(error).__name__})") from None
         if len(data) < wanted:
-            raise OSError(f"{wanted - len(data):,} bytes of {wanted:,} did not arrive")
+            raise InterruptedTransferError(f"{wanted - len(data):,} bytes of {wanted:,} did not arrive", data)
         return data, int(span[3])
 
     def _check_tag(self, url: str, tag: str | None) -> None:
@@ -79,3 +99,14 @@ class HttpStore:
             return
         if self._tags.setdefault(url, tag) != tag:
             raise ShardError(f"{redact(url)}: changed on the server while it was being read; start again")
+
+
+def _read(answer: http.client.HTTPResponse, wanted: int) -> bytes:
+    """Up to ``wanted`` bytes, fewer if the connection ends or breaks before."""
+    data = bytearray()
+    try:
+        while len(data) < wanted and (chunk := answer.read(min(_CHUNK, wanted - len(data)))):
+            data += chunk
+    except (http.client.IncompleteRead, ConnectionError, TimeoutError):
+        pass  # the caller sees that bytes are missing
+    return bytes(data)

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, TypeVar
 from mmdiff.errors import MissingExtraError, SampleError, ShardError
 from mmdiff.images import redact
 
-from .http import HttpStore
+from .http import HttpStore, InterruptedTransferError
 
 __all__ = ["REMOTE", "RangeReader", "read_checked", "scheme_of", "shown"]
 
@@ -115,7 +115,7 @@ class RangeReader:
         if size <= 0:
             return b""
         if scheme_of(url) in REMOTE:
-            data = self._retry(url, lambda: self._store(url).cat_file(url, start=offset, end=offset + size))
+            data = self._read_remote(url, offset, size)
         else:
             data = self._read_local(url, offset, size)
         self.bytes_read += len(data)
@@ -137,6 +137,20 @@ class RangeReader:
         scheme = scheme_of(pattern)
         found = self._retry(pattern, lambda: self._store(pattern).glob(pattern))
         return sorted(str(f) if "://" in str(f) else f"{scheme}://{f}" for f in found)
+
+    def _read_remote(self, url: str, offset: int, size: int) -> bytes:
+        """A remote range; what a broken transfer has brought is kept, the next try goes on behind it."""
+        data = bytearray()
+
+        def go_on() -> None:
+            try:
+                data.extend(self._store(url).cat_file(url, start=offset + len(data), end=offset + size))
+            except InterruptedTransferError as error:
+                data.extend(error.data)
+                raise
+
+        self._retry(url, go_on)
+        return bytes(data)
 
     def _read_local(self, url: str, offset: int, size: int) -> bytes:
         try:

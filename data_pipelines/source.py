@@ -10,6 +10,7 @@ import logging
 import os
 import re
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from mmdiff.errors import ShardError
@@ -22,6 +23,7 @@ __all__ = ["embedded_root", "expand", "open_shards", "size_complaint"]
 MAX_SHARDS = 1_000_000
 """Most shards that one name may stand for."""
 
+_AT_ONCE = 16  # remote shards that are asked for at the same time
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _log = logging.getLogger(__name__)
 
@@ -68,13 +70,18 @@ def open_shards(specs: str | Path | Sequence[str | Path], *, damaged: str = "ref
     names = [specs] if isinstance(specs, (str, Path)) else list(specs)
     urls = list(dict.fromkeys(url for name in names for url in expand(name)))
     ranges = RangeReader()
-    shards = [_index(url, ranges) for url in urls]
-    if damaged == "refuse":
-        for shard in shards:
-            if (complaint := size_complaint(shard, ranges.size(shard.url))) is not None:
-                raise ShardError(complaint)
+
+    def look(url: str) -> tuple[ShardIndex, int]:
+        return _index(url, ranges), ranges.size(url)
+
+    remote = any(scheme_of(url) in REMOTE for url in urls)
+    with ThreadPoolExecutor(_AT_ONCE if remote else 1) as pool:
+        found = list((pool.map if remote else map)(look, urls))
     ranges.close()
-    return shards
+    for shard, size in found if damaged == "refuse" else []:
+        if (complaint := size_complaint(shard, size)) is not None:
+            raise ShardError(complaint)
+    return [shard for shard, _ in found]
 
 
 def size_complaint(shard: ShardIndex, size: int) -> str | None:
