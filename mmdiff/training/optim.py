@@ -60,6 +60,8 @@ class ScheduleConfig:
     """Shape of the decay after the warm-up."""
     warmup_samples: int = Field(0, ge=0)
     """Samples over which the factor rises linearly from 0 to 1."""
+    hold: float = Field(0.0, ge=0, lt=1)
+    """Share of the run, after the warm-up, during which the factor stays 1 before it decays."""
     final: float = Field(0.0, ge=0, le=1)
     """Factor at the last sample (no effect on a constant schedule)."""
 
@@ -76,7 +78,7 @@ def factor(schedule: ScheduleConfig, samples: int, total: int) -> float:
     if schedule.kind == "constant":
         return warmup
     done = (samples - schedule.warmup_samples) / max(total - schedule.warmup_samples, 1)
-    done = min(max(done, 0.0), 1.0)
+    done = min(max((done - schedule.hold) / (1 - schedule.hold), 0.0), 1.0)
     left = (1 + math.cos(math.pi * done)) / 2 if schedule.kind == "cosine" else 1 - done
     return warmup * (schedule.final + (1 - schedule.final) * left)
 
