@@ -19,6 +19,7 @@ import typer
 from mmdiff.commands.options import Device, Dtype, Guidance, Json, Model, Preset, Steps, Temperature, said
 from mmdiff.commands.workers import digest, local_device, rank_and_world, sigterm_as_interrupt
 from mmdiff.errors import EXIT_STOPPED, ConfigError, SampleError
+from mmdiff.io.atomic import replacing
 
 __all__ = ["Plan", "sample"]
 
@@ -138,9 +139,8 @@ def _draw(generator: Any, plan: Plan, out: Path, todo: Sequence[int], batch: int
 
 def _write(path: Path, data: bytes) -> None:
     path.parent.mkdir(exist_ok=True)
-    draft = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    draft.write_bytes(data)
-    draft.replace(path)
+    with replacing(path, len(data)) as draft:
+        draft.write_bytes(data)
 
 
 def _missing(out: Path, wanted: Sequence[int], size: int) -> list[int]:
@@ -281,10 +281,9 @@ def _pack(out: Path, plan: Plan, num: int) -> None:
     arrays: dict[str, Any] = {"arr_0": np.stack([np.asarray(open_image(path_of(out, i))) for i in range(num)])}
     if plan.labels:
         arrays["arr_1"] = np.array([plan.subject(i) for i in range(num)], dtype=np.int64)
-    draft = out / f".samples.tmp-{os.getpid()}"
-    with draft.open("wb") as file:
+    needed = sum(array.nbytes for array in arrays.values())
+    with replacing(out / "samples.npz", needed) as draft, draft.open("wb") as file:
         np.savez(file, **arrays)
-    draft.replace(out / "samples.npz")
 
 
 def _shards(out: Path, plan: Plan, num: int) -> None:

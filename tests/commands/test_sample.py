@@ -203,3 +203,25 @@ def test_a_word_that_means_nothing_is_refused(tmp_path):
     result = run(model, "--num", 1, "--out", tmp_path / "a", "--set", "top_k=3")
     assert isinstance(result.exception, ConfigError) or result.exit_code == 2
     assert run(model, "--num", 1, "--out", tmp_path / "a", "--set", "order").exit_code != 0
+
+
+def test_a_full_disk_says_what_to_do_and_keeps_what_is_drawn(folder, tmp_path):
+    """The limit on the size of a file stands for the disk: pictures fit, samples.npz does not."""
+    arguments = ["sample", str(folder), "--num", "5", "--out", str(tmp_path / "out"), "--npz", "--device", "cpu"]
+    script = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000));"
+        "from mmdiff.cli import app; app(sys.argv[1:])"
+    )
+    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 4, done.stderr
+    assert "samples.npz: could not be written" in done.stderr
+    assert "make room" in done.stderr
+    assert "Traceback" not in done.stderr
+    kept = pictures(tmp_path / "out")
+    assert len(kept) == 5
+    assert not list((tmp_path / "out").rglob(".*"))
+    again = run(*arguments[1:], "--json")
+    assert again.exit_code == 0, again.output
+    assert json.loads(again.stdout)["drawn"] == 0
+    assert pictures(tmp_path / "out") == kept
+    assert (tmp_path / "out" / "samples.npz").exists()
