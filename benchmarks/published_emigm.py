@@ -113,6 +113,18 @@ def solve(betas: Tensor, network: Callable[[Tensor, Tensor], Tensor], x: Tensor,
     return x
 
 
+def head(net: Any, x: Tensor, t: Tensor, z: Tensor) -> Tensor:
+    """The denoiser of a token, in the published order of operations on the weights of our module."""
+    y = net.time_embed(t) + net.cond_embed(z)
+    x = net.input_proj(x)
+    for block in net.res_blocks:
+        shift, scale, gate = block.adaLN_modulation(y).chunk(3, dim=-1)
+        x = x + gate * block.mlp(block.in_ln(x) * (1 + scale) + shift)
+    shift, scale = net.final_layer.adaLN_modulation(y).chunk(2, dim=-1)
+    normed = torch.nn.functional.layer_norm(x, x.shape[-1:], eps=1e-6)
+    return net.final_layer.linear(normed * (1 + scale) + shift)
+
+
 class PublishedSampler:
     """Samples an `EMIGM` as the published code does.
 
@@ -207,8 +219,8 @@ class PublishedSampler:
 
             def network(x: Tensor, label: Tensor, z: Tensor = z, guided: bool = guided) -> Tensor:
                 if not guided:
-                    return m.head(x, label, z)[:, :c].float()
-                out = m.head(torch.cat([x, x]), torch.cat([label, label]), z)[:, :c].float()
+                    return head(m.head, x, label, z)[:, :c].float()
+                out = head(m.head, torch.cat([x, x]), torch.cat([label, label]), z)[:, :c].float()
                 conditional, unconditional = out.chunk(2)
                 return unconditional + cfg * (conditional - unconditional)
 
@@ -226,6 +238,6 @@ def training_step(model: Any, process: Any, tokens: Tensor, labels: Tensor, mask
     t = torch.randint(0, len(process), (len(clean),))
     noise = torch.randn_like(clean)
     noisy = process.noised(clean, t, noise)
-    output = model.head(noisy, t.float(), z)
+    output = head(model.head, noisy, t.float(), z)
     mse, vb = process.token_losses(output, clean, noisy, t, noise)
     return ((mse + vb) * weight).sum() / weight.sum()

@@ -6,6 +6,7 @@ Source: MAR (arXiv 2406.11838), section 4; key names as published.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -37,6 +38,30 @@ class TimeEmbed(nn.Module):
         return self.mlp(sinusoid(t).to(next(self.mlp.parameters()).dtype))
 
 
+class Modulation(nn.Sequential):
+    """Shift, scale and, with three parts, gate of a layer, from silu(y); keys as published (``1.weight``, ``1.bias``).
+
+    The rows of the layer are used part by part: its output as a whole would be cut into strips, which the backward pass
+    has to put together again.
+    """
+
+    def __init__(self, width: int, parts: int) -> None:
+        super().__init__(nn.SiLU(), nn.Linear(width, parts * width))
+        self.parts = parts
+
+    def rows(self) -> list[tuple[Float[Tensor, "W W"], Float[Tensor, "W"]]]:
+        """Weight and bias of every part."""
+        layer: Any = self[1]
+        weights, biases = layer.weight.unflatten(0, (self.parts, -1)), layer.bias.unflatten(0, (self.parts, -1))
+        return list(zip(weights.unbind(), biases.unbind(), strict=True))
+
+
+def _modulate(h: Tensor, active: Tensor, shift: tuple[Tensor, Tensor], scale: tuple[Tensor, Tensor]) -> Tensor:
+    """Return h * (1 + scale) + shift; the product that makes the shift adds to what is there."""
+    scaled = h * F.linear(active, scale[0], scale[1] + 1) + shift[1]
+    return torch.addmm(scaled, active, shift[0].t())
+
+
 class ResBlock(nn.Module):
     """h + gate * mlp(norm(h) * (1 + scale) + shift)."""
 
@@ -44,12 +69,12 @@ class ResBlock(nn.Module):
         super().__init__()
         self.in_ln = nn.LayerNorm(width, eps=1e-6)
         self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 3 * width))
+        self.adaLN_modulation = Modulation(width, 3)
 
     def forward(self, h: Float[Tensor, "M W"], active: Float[Tensor, "M W"]) -> Float[Tensor, "M W"]:
         """``active`` is silu(y), the same for all blocks."""
-        shift, scale, gate = self.adaLN_modulation[1](active).chunk(3, dim=-1)
-        return torch.addcmul(h, gate, self.mlp(torch.addcmul(shift, self.in_ln(h), 1 + scale)))
+        shift, scale, gate = self.adaLN_modulation.rows()
+        return h + F.linear(active, *gate) * self.mlp(_modulate(self.in_ln(h), active, shift, scale))
 
 
 class FinalLayer(nn.Module):
@@ -59,12 +84,12 @@ class FinalLayer(nn.Module):
         super().__init__()
         self.width = width
         self.linear = nn.Linear(width, out)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+        self.adaLN_modulation = Modulation(width, 2)
 
     def forward(self, h: Float[Tensor, "M W"], active: Float[Tensor, "M W"]) -> Float[Tensor, "M O"]:
         """``active`` is silu(y)."""
-        shift, scale = self.adaLN_modulation[1](active).chunk(2, dim=-1)
-        return self.linear(torch.addcmul(shift, F.layer_norm(h, (self.width,), eps=1e-6), 1 + scale))
+        shift, scale = self.adaLN_modulation.rows()
+        return self.linear(_modulate(F.layer_norm(h, (self.width,), eps=1e-6), active, shift, scale))
 
 
 class DiffusionHead(nn.Module):
