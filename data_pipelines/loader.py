@@ -216,6 +216,7 @@ class Loader:
             )
         self.plan = plan
         self.position = start
+        self.fill_id = fill_id
         self.batch_size = batch_size
         self.skipped: Counter[str] = Counter()
         self.seen = 0
@@ -236,7 +237,7 @@ class Loader:
         starts = itertools.count(self.position, self.batch_size)
         chunks = (range(s + self._slice[0], s + self._slice[1]) for s in starts)
         if self._workers:
-            fetched = worker_batches(self._fetcher, chunks, self._workers, self._ahead, self._start_method, self._where)
+            fetched = worker_batches(self._fetcher, chunks, self._workers, self._ahead, self._start_method, self.where)
         else:
             fetched = prefetch(self._fetcher, chunks, self._ahead)
         try:
@@ -328,8 +329,8 @@ class Loader:
             "check the shards with: mmdiff data lint"
         )
 
-    def _where(self) -> str:
-        """The shards that the next batch reads, for the message when a worker dies."""
+    def where(self) -> str:
+        """The shards that the next batch reads, for the message when a worker dies or nothing comes."""
         draws = [self.plan.at(p) for p in range(self.position + self._slice[0], self.position + self._slice[1])]
         urls = {shown(self._fetcher.readers[d.source].shards[d.shard].url) for d in draws}
         return f"after position {self.position:,}, which reads {', '.join(sorted(urls)[:5])}"

@@ -114,6 +114,7 @@ class Batch:
         classes: Int64 [B], numbers of their classes; None if there are none.
         images: Per row its images as `mmdiff.images.Crops`, instead of ``pixels``; empty if there are none at all.
         t: Float32 [B], times of the rows if they were drawn for a whole step; None if the objective draws them.
+        masked: Bool [B, N], masked image tokens if they were drawn for a whole step; None if the objective draws them.
     """
 
     keys: tuple[str, ...]
@@ -128,6 +129,7 @@ class Batch:
     classes: Int[Tensor, "B"] | None = None
     images: tuple[tuple[Any, ...], ...] = ()
     t: Float[Tensor, "B"] | None = None
+    masked: Bool[Tensor, "B N"] | None = None
 
     def __len__(self) -> int:
         return len(self.keys)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mmdiff.commands.workers import rank_and_world
 from mmdiff.errors import EXIT_STOPPED, ConfigError
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from mmdiff.text import Tokenizer
     from mmdiff.training.loop import FitReport
     from mmdiff.training.memory import Estimate
+    from mmdiff.training.parallel.group import Group
     from mmdiff.training.probes import Probe
 
 __all__ = ["TrainResult", "command", "load_config", "run", "train"]
@@ -72,7 +74,7 @@ def run(
     probes: Iterable[Probe] = (),
     progress: bool = True,
 ) -> TrainResult:
-    """Train a model as a recipe says.
+    """Train a model as a recipe says; in several processes, if torchrun or accelerate started them.
 
     Args:
         config: Name of a recipe, path of a YAML file, or its content.
@@ -88,21 +90,26 @@ def run(
         CheckpointError: A checkpoint or model cannot be read or written.
     """
     spec = load_config(config, overrides)
-    _refuse_several_processes()
-    run_dir = Path(spec.out)
-    from mmdiff.training import state
-
-    if not dry_run:
-        # Before minutes are spent on building.
-        state.check(run_dir, spec, resume=resume)
-    device = spec.device or _best_device()
     if dry_run:
-        return TrainResult(run_dir=run_dir, estimate=_estimate(spec, device))
+        return TrainResult(run_dir=Path(spec.out), estimate=_estimate(spec, _device(spec)))
+    from mmdiff.training.parallel.group import joined
+
+    with joined(spec.train.first_step_timeout_s) as group:
+        return _carried_out(spec, group, resume, probes, progress)
+
+
+def _carried_out(spec: RunConfig, group: Group, resume: bool, probes: Iterable[Probe], progress: bool) -> TrainResult:
+    from mmdiff.training import state
+    from mmdiff.training.loop import fit
+
+    run_dir, device = Path(spec.out), _device(spec)
+    # Before minutes are spent on building.
+    group.first(lambda: state.check(run_dir, spec, resume=resume))
     tokenizer, image_tokenizer, classes = _tokenizer(spec), _image_tokenizer(spec), _classes(spec)
     model = _quantized(spec, _model(spec), device)
     layout = _checked_layout(spec, model, tokenizer, image_tokenizer)
-    loader = _loader(spec, tokenizer, layout, _skip_log(run_dir / "skipped.jsonl"))
-    from mmdiff.training.loop import fit
+    skipped = run_dir / ("skipped.jsonl" if group.leads else f"skipped.rank{group.rank}.jsonl")
+    loader = _loader(spec, tokenizer, layout, _skip_log(skipped), group.rank, group.world)
 
     report = fit(
         model,
@@ -121,10 +128,11 @@ def run(
     again = f"mmdiff train {shlex.quote(str(run_dir / 'config.yaml'))} --resume"
     model_dir = None
     if not report.stopped:
-        state.load_average(run_dir, model)
         parts = {"tokenizer": tokenizer, "image_tokenizer": image_tokenizer, "classes": classes}
-        model_dir = _export(spec, model, run_dir, parts)
-    if report.skipped:
+        model_dir = Path(
+            group.first(lambda: str(_export(spec, _averaged(spec, model, run_dir, group), run_dir, parts)))
+        )
+    if report.skipped and group.leads:
         print(loader.skip_report(), file=sys.stderr)
     if not report.stopped:
         loader.finish()
@@ -166,13 +174,17 @@ def command(
         typer.echo(json.dumps(configs.to_dict(spec)) if as_json else configs.dump(spec), nl=as_json)
         return
     result = run(config, texts, resume=resume, dry_run=dry_run)
+    stopped = result.fit is not None and result.fit.stopped
+    if rank_and_world()[0]:
+        # The first process speaks for all.
+        raise typer.Exit(EXIT_STOPPED if stopped else 0)
     if result.estimate is not None:
         table = {**asdict(result.estimate), "total": result.estimate.total}
         typer.echo(json.dumps(table) if as_json else _table(table))
         return
     if as_json:
         typer.echo(json.dumps(asdict(result), default=str))
-    if result.fit is not None and result.fit.stopped:
+    if result.fit is not None and stopped:
         typer.echo(f"stopped and saved at {result.fit.samples:,} samples; go on with:", err=True)
         typer.echo(f"  {result.resume_command}", err=True)
         raise typer.Exit(EXIT_STOPPED)
@@ -197,10 +209,11 @@ def _texts(overrides: Sequence[str] | Mapping[str, Any], prefix: str = "") -> li
     return out
 
 
-def _refuse_several_processes() -> None:
-    world = os.environ.get("WORLD_SIZE", "1")
-    if world not in ("", "1"):
-        raise ConfigError(f"WORLD_SIZE={world}: several processes are not supported yet; start one process")
+def _device(spec: RunConfig) -> str:
+    """Where this process trains: under a launcher, the GPU of its number on this machine."""
+    from mmdiff.commands.workers import local_device
+
+    return (local_device() if spec.device in (None, "cuda") else spec.device) or spec.device or _best_device()
 
 
 def _best_device() -> str:
@@ -271,6 +284,18 @@ def _estimate(spec: RunConfig, device: str) -> Estimate:
         return _loader(replace(spec, data=replace(spec.data, batch_size=part)), tokenizer, layout, None)
 
     return estimate(spec, device, loader, _objective(spec), lambda: _quantized(spec, _model(spec), device))
+
+
+def _averaged(spec: RunConfig, model: Any, run_dir: Path, group: Group) -> Any:
+    """The network with the averaged weights of the newest checkpoint; a new one where the trained one is spread."""
+    from mmdiff.training import finetune, state
+
+    if group.world > 1 and spec.train.parallel.type == "fsdp":
+        model = _model(spec)
+        if spec.train.lora is not None:
+            finetune.attach(model, spec.train.lora, spec.train.seed)
+    state.load_average(run_dir, model)
+    return model
 
 
 def _export(spec: RunConfig, model: Any, run_dir: Path, parts: Mapping[str, Any]) -> Path:
@@ -394,10 +419,12 @@ def _objective(spec: RunConfig) -> Any:
     return build(spec.objective)
 
 
-def _loader(spec: RunConfig, tokenizer: Tokenizer | None, layout: Layout, on_skip: Any) -> Any:
+def _loader(
+    spec: RunConfig, tokenizer: Tokenizer | None, layout: Layout, on_skip: Any, rank: int = 0, world: int = 1
+) -> Any:
     from data_pipelines.loader import open_loader
 
-    return open_loader(spec.data, tokenizer, layout, seed=spec.train.seed, on_skip=on_skip)
+    return open_loader(spec.data, tokenizer, layout, seed=spec.train.seed, on_skip=on_skip, rank=rank, world=world)
 
 
 def _skip_log(path: Path) -> Callable[[Any], None]:

@@ -91,8 +91,11 @@ class Scorer(PretrainedModule):
         self, pixels: Float[Tensor, "B 3 S S"], ids: Int[Tensor, "B L"], valid: Bool[Tensor, "B L"]
     ) -> Float[Tensor, "B B"]:
         """Logits that image i (row) and text j (column) belong together."""
-        similarity = self.embed_image(pixels) @ self.embed_text(ids, valid).T
-        return similarity * self.scale.exp() + self.bias
+        return self.similarity(self.embed_image(pixels), self.embed_text(ids, valid))
+
+    def similarity(self, images: Float[Tensor, "B E"], texts: Float[Tensor, "M E"]) -> Float[Tensor, "B M"]:
+        """Logits that image i (row) and text j (column) belong together, from their unit vectors."""
+        return images @ texts.T * self.scale.exp() + self.bias
 
     def image_features(self, pixels: Float[Tensor, "B 3 S S"]) -> Float[Tensor, "B F"]:
         """Features of images in [-1, 1] before the shared space, for KID and FID.

@@ -45,31 +45,35 @@ class BlockDiffusion:
         if not 0 < low < high <= 1:
             raise ConfigError(f"objective.interval ({low}, {high}): expected 0 < low < high <= 1")
 
-    def __call__(self, model: Any, batch: Batch, generator: torch.Generator) -> Losses:
+    def __call__(self, model: Any, batch: Batch, source: rng.Source) -> Losses:
         """Weighted cross-entropy at masked answer positions over the sum of all answers' weights."""
         if batch.pixels is not None or batch.images:
             raise ConfigError("objective block_diffusion: reads text alone; leave tasks with images out")
         targets = batch.labels != IGNORE
         if not bool(targets.any()):
             raise ConfigError("objective block_diffusion: this batch has no answer to learn")
-        masked, weight = self._noise(targets, generator)
+        masked, weight = self._noise(targets, source)
         hidden = self._hidden(model, batch, masked)
         # A batch without a masked token still takes part: its loss is 0 and so are its gradients.
         if not bool(masked.any()):
-            return Losses(hidden.sum() * 0, {})
+            return Losses(hidden.sum() * 0, {}, {"text": hidden.sum() * 0})
         loss = objectives.chunked_cross_entropy(hidden[masked], batch.labels[masked], model.text_head)
         per_row = row_sum(loss * (weight * batch.weights)[masked], masked)
         answers = batch.weights * targets
         terms: dict[str, tuple[Tensor, int]] = {}
         count_rows(terms, batch, (per_row / answers.sum(1).clamp_min(1e-9)).detach(), targets.any(1))
-        return Losses(per_row.sum() / answers.sum(), terms)
+        return Losses(per_row.sum() / answers.sum(), terms, {"text": per_row.sum()})
 
-    def _noise(self, targets: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def counts(self, model: Any, batch: Batch, source: rng.Source) -> dict[str, float]:
+        """The sum of all answers' weights."""
+        return {"text": float((batch.weights * (batch.labels != IGNORE)).sum())}
+
+    def _noise(self, targets: Tensor, source: rng.Source) -> tuple[Tensor, Tensor]:
         """Masked answer positions [B, L], and the weight of every position."""
         rows, length = targets.shape
-        u = rng.uniform(generator, (rows, -(-length // self.block_length)), device=targets.device)
+        u = rng.uniform(source, (rows, -(-length // self.block_length)), device=targets.device)
         noise, t = NOISES[self.schedule], block_diffusion.block_times(u, self.interval)
-        masked = block_diffusion.clipped_mask(noise.share(t), length, self.block_length, self.interval, generator)
+        masked = block_diffusion.clipped_mask(noise.share(t), length, self.block_length, self.interval, source)
         weight = block_diffusion.weights(noise, t, self.interval)
         return masked & targets, weight.repeat_interleave(self.block_length, dim=1)[:, :length]
 

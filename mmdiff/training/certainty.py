@@ -35,14 +35,14 @@ class CertaintyForcing:
     temperature: float = Field(0.5, gt=0)
     """Temperature at which the entropy is taken."""
 
-    def __call__(self, model: Any, batch: Batch, generator: torch.Generator) -> Losses:
+    def __call__(self, model: Any, batch: Batch, source: rng.Source) -> Losses:
         """Mean over both copies of cross-entropy and weighted entropy, each over its masked positions."""
         answer = batch.labels != IGNORE
         self._check(answer, batch, model)
         two = certainty.halves(
             answer,
-            self._clean_blocks(answer, generator),
-            rng.uniform(generator, tuple(answer.shape), device=answer.device),
+            self._clean_blocks(answer, source),
+            rng.uniform(source, tuple(answer.shape), device=answer.device),
             block=self.block_length,
             share=self.mask_share,
         )
@@ -66,9 +66,9 @@ class CertaintyForcing:
         if bool((batch.labels >= model.layout().code_offset).any()):
             raise ConfigError("objective certainty is for answers in text; this batch holds image codes to draw")
 
-    def _clean_blocks(self, answer: Tensor, generator: torch.Generator) -> Tensor:
+    def _clean_blocks(self, answer: Tensor, source: rng.Source) -> Tensor:
         """Blocks that are given, drawn per row; a row whose rest is empty learns nothing, as published."""
-        u = rng.uniform(generator, (len(answer),), device=answer.device)
+        u = rng.uniform(source, (len(answer),), device=answer.device)
         if self.block_length is None:
             return torch.zeros_like(u, dtype=torch.long)
         return (u * (answer.sum(1) // self.block_length + 1)).long()

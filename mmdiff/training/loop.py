@@ -1,7 +1,8 @@
 """The training loop: counts in samples, resumes to the bit, survives bad batches, stops when asked.
 
 It is given a built model, an objective, a loader and probes. Where a run's files live and how they are written is in
-`mmdiff.training.state`; optimizer, schedule and average are in `mmdiff.training.optim`.
+`mmdiff.training.state`; optimizer, schedule and average are in `mmdiff.training.optim`; what several processes do
+together is in `mmdiff.training.parallel`, and with one of them all of it is the identity.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ import math
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mmdiff import config as configs
 from mmdiff import rng
@@ -29,10 +31,16 @@ from mmdiff.training.guard import Guard
 from mmdiff.training.microbatch import split
 from mmdiff.training.objective import Objective
 from mmdiff.training.optim import OptimConfig, ScheduleConfig
+from mmdiff.training.parallel import sharding
+from mmdiff.training.parallel.group import Group, joined
+from mmdiff.training.parallel.step import DdpConfig, FsdpConfig, ParallelConfig, Step, spread
+from mmdiff.training.parallel.together import Tally, drawn, row_sources, totals, widened
+from mmdiff.training.parallel.watch import Watch
 from mmdiff.training.probes import Probe, call, crossed, due, name_of
 from mmdiff.training.randomness import own_randomness, seed_layers
 from mmdiff.training.recompute import recomputing
 from mmdiff.training.report import Clock, Log, Meter, Progress
+from mmdiff.training.saving import Saver
 from mmdiff.training.signals import StopFlag
 
 __all__ = ["FitReport", "Loader", "Probe", "TrainConfig", "fit"]
@@ -70,12 +78,20 @@ class TrainConfig:
     """Samples between checkpoints."""
     keep: int = Field(2, ge=2)
     """Checkpoints to keep, the newest ones."""
+    parallel: ParallelConfig = Field(default_factory=DdpConfig)
+    """How several processes share the work; no effect on one."""
+    step_timeout_s: float = Field(600.0, gt=0)
+    """Seconds after which a step of several processes counts as hanging and ends the run; half of them give a warning.
+    """
+    first_step_timeout_s: float = Field(1800.0, gt=0)
+    """The same for the first step after a start, and for saving and probes."""
 
 
 class Loader(Protocol):
-    """Batches in an order that is a function of the position.
+    """Batches in an order that is a function of the position; with several processes, this one's rows of each.
 
-    An attribute ``skipped`` (reason -> number of samples), if there is one, is logged.
+    Optional attributes: ``skipped`` (reason -> number of samples) is logged; ``where()`` names what is being read;
+    ``fill_id`` is the id with which rows were filled to equal length.
     """
 
     def __iter__(self) -> Iterator[Batch]: ...
@@ -129,10 +145,12 @@ def fit(
     """Train ``model`` in place.
 
     A run that is killed at any moment and started again with ``resume`` gives, on a CPU, the same bytes and the same
-    log as one that was not. SIGTERM, SIGINT or SIGUSR1 saves after the present step and returns.
+    log as one that was not. SIGTERM, SIGINT or SIGUSR1 saves after the present step and returns. Started by torchrun or
+    accelerate in several processes, all of them call this; steps, losses and checkpoints are those of one process.
 
     Args:
         model: Moved to ``device``; afterwards it holds the plain weights, `state.load_average` gives the averaged ones.
+            With FSDP it stays spread over the processes.
         objective: (model, batch, generator) -> losses.
         loader: Yields batches without end, or at least ``config.samples`` samples.
         config: How to train.
@@ -149,21 +167,31 @@ def fit(
         ConfigError: The folder cannot be used, the configuration changed, or the loader ended early.
         CheckpointError: No checkpoint is whole, or one could not be written.
         MmdiffError: Three steps in a row, or ten of a thousand, gave no finite loss and gradient; the run is saved.
+            Or another process failed, is gone or hangs; its rank and last step are named.
     """
-    run_dir = Path(run_dir)
-    state.claim(run_dir, config if run_config is None else run_config, resume=resume)
+    run_dir, device = Path(run_dir), torch.device(device)
     with ExitStack() as stack:
+        group = stack.enter_context(joined(config.first_step_timeout_s))
+        group.first(lambda: state.claim(run_dir, config if run_config is None else run_config, resume=resume))
+        where = getattr(loader, "where", lambda: "the loader's data")
+        watch = stack.enter_context(Watch(group, config.step_timeout_s, config.first_step_timeout_s, where))
         stop = stack.enter_context(StopFlag())
-        stack.enter_context(own_randomness(torch.device(device)))
+        stack.enter_context(own_randomness(device))
         if config.lora is not None:
             attach(model, config.lora, config.seed)
         stack.enter_context(recomputing(model, config.gradient_checkpointing))
-        run = _Run(model.to(device), objective, loader, config, run_dir, torch.device(device), scales)
+        run = _Run(model, objective, loader, config, run_dir, device, scales, group, watch)
         run.restore()
         stack.callback(run.close)
-        run.progress = Progress(progress, config.samples, run.samples, description)
+        run.progress = Progress(progress and group.leads, config.samples, run.samples, description)
         stack.callback(run.progress.close)
-        return run.train(stop, list(probes))
+        return run.train(stop, _suited(list(probes), config, group))
+
+
+def _suited(probes: list[Probe], config: TrainConfig, group: Group) -> list[Probe]:
+    if probes and group.world > 1 and isinstance(config.parallel, FsdpConfig):
+        raise ConfigError("probes need whole weights, which train.parallel.type=fsdp spreads; set it to ddp")
+    return probes
 
 
 class _Run:
@@ -181,11 +209,18 @@ class _Run:
         config: TrainConfig,
         run_dir: Path,
         device: torch.device,
-        scales: Mapping[str, tuple[float, float]] | None = None,
+        scales: Mapping[str, tuple[float, float]] | None,
+        group: Group,
+        watch: Watch,
     ) -> None:
         self.model, self.objective, self.loader, self.config = model, objective, loader, config
-        self.run_dir, self.device = run_dir, device
-        self.checkpoints = state.Checkpoints(run_dir, config.keep)
+        self.run_dir, self.device, self.group, self.watch = run_dir, device, group, watch
+        if group.world == 1 or isinstance(config.parallel, DdpConfig):
+            # FSDP moves the weights itself, block by block: whole they might not fit.
+            model.to(device)
+        optim.freeze(model, config.optim)
+        self.passes, self.tally = spread(Step(model, objective), config.parallel, group, device), Tally(group)
+        self.saver = Saver(state.Checkpoints(run_dir, config.keep), group)
         self.optimizer = optim.build(model, config.optim, scales)
         self.parameters = list(optim.trainable(model).values())
         halflife = config.ema_halflife_samples
@@ -200,18 +235,17 @@ class _Run:
 
     def restore(self) -> None:
         """Go to the newest checkpoint, or to the beginning; the log is cut to what belongs there."""
-        self.checkpoints.clean()
-        path = self.checkpoints.latest()
+        snapshot = self.saver.newest()
         log_size = 0
-        if path is not None:
-            snapshot = self.checkpoints.load(path)
-            self._load(path, snapshot)
+        if snapshot is not None:
+            self._load(snapshot)
             log_size = snapshot.state["log_bytes"]
+        self.watch.begin(self.steps)
         self.loader_before = self._loader_skipped()
-        self.log = Log(self.run_dir / "log.jsonl", log_size)
+        self.log = Log(self.run_dir / "log.jsonl", log_size, on=self.group.leads)
 
-    def _load(self, path: Path, snapshot: state.Snapshot) -> None:
-        saved = snapshot.state
+    def _load(self, snapshot: state.Snapshot) -> None:
+        saved, path = snapshot.state, self.saver.path(snapshot.samples)
         state.copy_into(state.model_tensors(self.model), snapshot.tensors.get("model", {}), f"{path}/model.safetensors")
         if self.ema is not None:
             state.copy_into(self.ema.average, snapshot.tensors.get("ema", {}), f"{path}/ema.safetensors")
@@ -225,8 +259,9 @@ class _Run:
 
     def save(self) -> Path:
         """Write a checkpoint of the present state."""
+        self.watch.doing("saving")
         started = time.perf_counter()
-        tensors = {
+        tensors: dict[str, Mapping[str, Tensor]] = {
             "model": state.model_tensors(self.model),
             "optimizer": optim.to_tensors(self.optimizer, self.model),
         }
@@ -243,21 +278,25 @@ class _Run:
             "config": configs.fingerprint(self.config),
             "torch": torch.__version__,
         }
-        snapshot = state.Snapshot(samples=self.samples, tensors=tensors, state=plain)
-        path = self.checkpoints.save(snapshot)
+        snapshot = self.saver.save(self.samples, tensors, plain)
+        path = self.saver.path(self.samples)
         self.saved_at = self.samples
         seconds = time.perf_counter() - started
         if self.save_seconds is None:
             self.progress.say(f"{path}: {snapshot.nbytes / 1e6:,.1f} MB saved in {seconds:.1f} s")
         self.save_seconds = seconds
         self.clock.leave_out(seconds)
+        self.watch.doing("computing")
         return path
 
     def skip_counts(self) -> dict[str, int]:
-        """Reason -> how often data was not used, since the run began."""
+        """Reason -> how often data was not used by any process, since the run began."""
         new = self._loader_skipped()
         new.subtract(self.loader_before)
-        return {k: n for k, n in sorted((self.skipped + new).items())}
+        counts = self.skipped.copy()
+        for each in self.group.gather(dict(new)):
+            counts.update(each)
+        return {k: n for k, n in sorted(counts.items()) if n > 0}
 
     def losses(self) -> dict[str, float]:
         """Smoothed losses, per task and in all."""
@@ -267,14 +306,14 @@ class _Run:
         return Counter(getattr(self.loader, "skipped", {}))
 
     def train(self, stop: StopFlag, probes: Sequence[Probe]) -> FitReport:
-        """Steps until the end or until ``stop`` is raised; the last state is saved."""
+        """Steps until the end or until ``stop`` is raised on any process; the last state is saved."""
         began, first = time.perf_counter(), self.samples
         if self.samples == 0 and self.saved_at is None:
             self._call_probes(probes, -1)
         self.batches = iter(self.loader)
         self.model.train()
         self.clock = Clock()
-        while self.samples < self.config.samples and not stop.raised:
+        while self.samples < self.config.samples and not self._told_to(stop):
             before = self.samples
             self._step()
             last = self.samples >= self.config.samples
@@ -297,69 +336,106 @@ class _Run:
             skipped=self.skip_counts(),
         )
 
+    def _told_to(self, stop: StopFlag) -> bool:
+        self.watch.doing("waiting")
+        return self.group.any(stop.raised)
+
     def _step(self) -> None:
         asked = time.perf_counter()
         batch = self._next()
-        if batch is None:
-            raise ConfigError(
-                f"the loader ended after {self.samples:,} samples and train.samples is {self.config.samples:,}; "
-                "lower it, or give a loader without end"
-            )
-        self.clock.count(len(batch), time.perf_counter() - asked)
-        after = self.samples + len(batch)
+        rows = len(batch) * self.group.world
+        self.clock.count(rows, time.perf_counter() - asked)
+        after = self.samples + rows
         optim.set_lr(self.optimizer, self._lr(after))
+        self.watch.doing("computing")
         terms, norm = self._backward(batch)
         self.samples, self.steps = after, self.steps + 1
         loss = terms["loss"][0]
         if math.isfinite(loss) and math.isfinite(norm):
+            self._clip(norm)
             self.optimizer.step()
             if self.ema is not None:
-                self.ema.update(after, len(batch))
-            self.meter.add({**terms, "grad_norm": (norm, 1)}, len(batch))
+                self.ema.update(after, rows)
+            self.meter.add({**terms, "grad_norm": (norm, 1)}, rows)
             self.guard.good()
         else:
             self._leave_out(batch, "non_finite_gradient" if math.isfinite(loss) else "non_finite_loss")
         self.optimizer.zero_grad(set_to_none=True)
-        self.progress.advance(len(batch), self.losses())
+        self.watch.completed(self.steps)
+        self.progress.advance(rows, self.losses())
 
-    def _next(self) -> Batch | None:
+    def _next(self) -> Batch:
+        """This process's rows of the next batch; all processes have theirs, or all raise."""
+        self.watch.doing("reading")
+        batch, failure = None, None
         try:
-            return next(self.batches, None)
-        except ShardError:
+            batch = next(self.batches, None)
+        except ShardError as error:
+            failure = error
+        self.watch.doing("waiting")
+        length = batch.ids.shape[1] if batch is not None else 0
+        failed, ended, longest = self.group.most([failure is not None, batch is None and failure is None, length])
+        if failed:
             # The data cannot be used any more; the steps before are not lost.
             if self.saved_at != self.samples:
                 self.save()
-            raise
+            raise failure or ShardError("another process found its data unusable; its message says why")
+        if ended or batch is None:
+            raise ConfigError(
+                f"the loader ended after {self.samples:,} samples and train.samples is {self.config.samples:,}; "
+                "lower it, or give a loader without end"
+            )
+        return widened(batch, int(longest), getattr(self.loader, "fill_id", None))
 
     def _backward(self, batch: Batch) -> tuple[dict[str, tuple[float, float]], float]:
-        """Gradients of a batch, clipped; (per-task and total loss as (sum, number), norm before clipping)."""
-        seed_layers(self.device, rng.derive(self.config.seed, "layers", self.samples))
-        names, numbers, position = [], [], self.samples
-        times = getattr(self.objective, "times", None)
-        if self.config.accumulate > 1 and times is not None:
-            # Drawn here, because a part knows nothing of the others and times are spread over all rows.
-            batch = replace(batch, t=times(len(batch), rng.generator(self.config.seed, "times", position)))
-        for part in split(batch, self.config.accumulate):
-            generator = rng.generator(self.config.seed, "objective", position)
-            with optim.arithmetic(self.device, self.config.autocast):
-                losses = self.objective(self.model, part.to(self.device), generator)
-            share = len(part) / len(batch)
-            # Without a single target in the part there is nothing to differentiate.
-            if losses.total.requires_grad:
-                (losses.total * share).backward()
-            names += [("loss", share), *((name, count) for name, (_, count) in losses.terms.items() if count)]
-            numbers += [losses.total * share, *(total for total, count in losses.terms.values() if count)]
-            position += len(part)
-        norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-        if self.config.grad_clip is not None:
-            nn.utils.clip_grads_with_norm_(self.parameters, self.config.grad_clip, norm)
+        """Gradients of the global batch; (per-task and total loss as (sum, number), norm)."""
+        seed, first = self.config.seed, self.samples + self.group.rank * len(batch)
+        seed_layers(self.device, rng.derive(seed, "layers", first))
+        step_draws = rng.generator(seed, "together", self.samples)
+        parts = split(drawn(self.objective, self.model, batch, self.group, step_draws), self.config.accumulate)
+        starts = [first + n for n in accumulate((len(part) for part in parts), initial=0)]
+
+        def source(n: int) -> list[torch.Generator]:
+            return row_sources(seed, starts[n], len(parts[n]))
+
+        numbers_of = totals(self.objective, self.model, parts, [source(n) for n in range(len(parts))], self.group)
+        names, numbers = [], []
+        for n, part in enumerate(parts):
+            last = n + 1 == len(parts)
+            with nullcontext() if last else self.passes.apart():
+                with optim.arithmetic(self.device, self.config.autocast):
+                    total, terms = self.passes.run(part.to(self.device), source(n), numbers_of)
+                # Without a single target in the part there is nothing to differentiate.
+                if total.requires_grad:
+                    (total * self.group.world).backward()
+            names += [("loss", 1.0), *((name, count) for name, (_, count) in terms.items() if count)]
+            numbers += [total, *(value for value, count in terms.values() if count)]
+        self.passes.settle()
+        return self._sums(names, numbers)
+
+    def _sums(
+        self, names: Sequence[tuple[str, float]], numbers: Sequence[Tensor]
+    ) -> tuple[dict[str, tuple[float, float]], float]:
+        """Losses of all parts and processes added up, and the norm of the gradient."""
+        norm, spread_out = sharding.norm(p.grad for p in self.parameters if p.grad is not None)
         # One transfer for all numbers: each one would wait for the device.
-        *values, norm_value = torch.stack([n.detach().float().to(self.device) for n in [*numbers, norm]]).tolist()
+        *values, own = torch.stack([n.detach().float().to(self.device) for n in [*numbers, norm]]).tolist()
         terms: dict[str, tuple[float, float]] = {}
         for (name, count), value in zip(names, values, strict=True):
             total, number = terms.get(name, (0.0, 0.0))
             terms[name] = (total + value, number + count)
-        return terms, norm_value
+        self.watch.doing("waiting")
+        terms, (squares,) = self.tally(terms, [own**2])
+        self.watch.doing("computing")
+        terms["loss"] = (terms["loss"][0], 1.0)
+        replicas = getattr(self.config.parallel, "replicas", 1)
+        return terms, math.sqrt(squares / replicas) if spread_out else own if math.isfinite(squares) else squares
+
+    def _clip(self, norm: float) -> None:
+        gradients = [sharding.local(p.grad) for p in self.parameters if p.grad is not None]
+        if self.config.grad_clip is not None and gradients:
+            share = (self.config.grad_clip / (torch.tensor(norm) + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_(gradients, share.to(self.device))
 
     def _lr(self, samples: int) -> float:
         return self.config.optim.lr * optim.factor(self.config.schedule, samples, self.config.samples)
@@ -390,8 +466,9 @@ class _Run:
 
     def _leave_out(self, batch: Batch, reason: str) -> None:
         self.skipped[reason] += 1
-        self.guard.bad(self.steps, batch.keys)
-        self.log.write({"samples": self.samples, "step": self.steps, "event": reason, "keys": list(batch.keys)})
+        keys = [key for each in self.group.gather(list(batch.keys)) for key in each]
+        self.guard.bad(self.steps, keys)
+        self.log.write({"samples": self.samples, "step": self.steps, "event": reason, "keys": keys})
         self.progress.say(f"step {self.steps:,} left out: {reason.replace('_', ' ')}")
 
     def _give_up_if_hopeless(self) -> None:
@@ -406,10 +483,12 @@ class _Run:
             )
 
     def _call_probes(self, probes: Sequence[Probe], before: int) -> None:
-        for probe in probes:
-            if due(probe, before, self.samples):
-                started = time.perf_counter()
-                result = call(probe, self.model, self.ema, self.samples)
-                if result is not None:
-                    self.log.write({"samples": self.samples, "step": self.steps, "probe": name_of(probe), **result})
-                self.clock.leave_out(time.perf_counter() - started)
+        for probe in (p for p in probes if due(p, before, self.samples)):
+            started = time.perf_counter()
+            self.watch.doing("looking")
+            result = call(probe, self.model, self.ema, self.samples) if self.group.leads else None
+            if result is not None:
+                self.log.write({"samples": self.samples, "step": self.steps, "probe": name_of(probe), **result})
+            self.group.wait()
+            self.watch.doing("computing")
+            self.clock.leave_out(time.perf_counter() - started)

@@ -38,17 +38,28 @@ class MaskedCodes:
     drop_label: float = Field(0.1, ge=0, le=1)
     """Share of images whose class is dropped, so that guidance has an unconditional branch."""
 
-    def __call__(self, model: Any, batch: Batch, generator: torch.Generator) -> Losses:
+    def __call__(self, model: Any, batch: Batch, source: rng.Source) -> Losses:
         """Mean over the learnt tokens of the batch."""
+        codes, mask, labels = self._noise(model, batch, source)
+        total, b = self.loss(model, codes, labels, mask), len(codes)
+        return Losses(total, {"image": (total.detach() * b, b)}, {"image": total * self._learnt(mask)})
+
+    def counts(self, model: Any, batch: Batch, source: rng.Source) -> dict[str, float]:
+        """Learnt tokens."""
+        return {"image": float(self._learnt(self._noise(model, batch, source)[1]))}
+
+    def _noise(self, model: Any, batch: Batch, source: rng.Source) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes, mask and labels."""
         if batch.latents is None or batch.classes is None or batch.latents.is_floating_point():
             raise ConfigError("objective masked_codes: needs the task latent on shards with codes (mmdiff data cache)")
         codes, device = batch.latents.flatten(1), batch.latents.device
         b, n = codes.shape
-        r, drop = rng.uniform(generator, (2, b), device=device)
-        mask = self.mask(r, rng.uniform(generator, (b, n), device=device))
-        labels = batch.classes.masked_fill(drop < self.drop_label, model.config.classes)
-        total = self.loss(model, codes, labels, mask)
-        return Losses(total, {"image": (total.detach() * b, b)})
+        r, drop = rng.uniform(source, (b, 2), device=device).unbind(1)
+        mask = self.mask(r, rng.uniform(source, (b, n), device=device))
+        return codes, mask, batch.classes.masked_fill(drop < self.drop_label, model.config.classes)
+
+    def _learnt(self, mask: Tensor) -> Tensor | int:
+        return mask.numel() if self.positions == "all" else mask.sum()
 
     def mask(self, r: Float[Tensor, "B"], u: Float[Tensor, "B N"]) -> Bool[Tensor, "B N"]:
         """Each token is masked independently where u is below the share."""

@@ -1,7 +1,12 @@
 """What is learnt from a batch: draw noise, run the network, loss at masked positions.
 
-An objective is a callable (model, batch, generator) -> `Losses`; its configuration names it in a recipe. A new
-objective is a new class in `ObjectiveConfig` and nothing else changes.
+An objective is a callable (model, batch, source) -> `Losses`; its configuration names it in a recipe. A new objective
+is a new class in `ObjectiveConfig` and nothing else changes. ``source`` is a generator, or one per row: then what is
+drawn for a row does not depend on how a batch is spread over processes and parts. Two methods are optional:
+
+* ``together(model, batch, rows, generator)``: what has to be drawn for all ``rows`` of a step at once, as fields of
+  `Batch` with a row each;
+* ``counts(model, batch, source)``: number of summands of each of the losses' ``sums``, with the draws of the call.
 """
 
 from __future__ import annotations
@@ -11,6 +16,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, cast
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -23,6 +29,7 @@ from mmdiff.training.block_diffusion import BlockDiffusion
 from mmdiff.training.certainty import CertaintyForcing
 from mmdiff.training.losses import Losses, count_rows, row_sum
 from mmdiff.training.masked_codes import MaskedCodes
+from mmdiff.training.parallel.rows import of_everyone
 from mmdiff.training.token_diffusion import TokenDiffusion
 
 __all__ = [
@@ -40,7 +47,7 @@ __all__ = [
 ]
 
 
-Objective = Callable[[nn.Module, Batch, torch.Generator], Losses]
+Objective = Callable[[nn.Module, Batch, rng.Source], Losses]
 
 
 @config
@@ -76,50 +83,62 @@ class Masked:
     cross-entropy over all of them: every token is learnt in every step, images are encoded once (LaViDa, arXiv
     2505.16839). Rows with image codes are not doubled. ``masking`` then only says how the first mask is drawn."""
 
-    def times(self, rows: int, generator: torch.Generator) -> Tensor | None:
-        """Times of all rows of a step, for batches that are cut into parts; None if each part may draw its own."""
+    def together(self, model: Any, batch: Batch, rows: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """Times that are spread over all rows of a step."""
         if not self.stratified:
-            return None
+            return {}
         t = masking.stratified_times(rng.uniform(generator, (rows,)))
-        return t[rng.permutation(generator, 1, rows)[0]]
+        return {"t": t[rng.permutation(generator, 1, rows)[0]]}
 
-    def __call__(self, model: Any, batch: Batch, generator: torch.Generator) -> Losses:
+    def counts(self, model: Any, batch: Batch, source: rng.Source) -> dict[str, float]:
+        """By what the sum over answers is divided, and the number of masked image codes."""
+        noised = _noise(self, model, batch, source)
+        weights = batch.weights * noised.labels_text
+        text = weights.sum() if self.complementary else self._of_answers(noised, weights)[1]
+        return {"text": float(text), "image": float(noised.image.sum())}
+
+    def __call__(self, model: Any, batch: Batch, source: rng.Source) -> Losses:
         """Loss of text answers (LLaDA's SFT loss) plus loss of image codes (MaskGIT's)."""
-        noised = _noise(self, model, batch, generator)
+        noised = _noise(self, model, batch, source)
         embeds = model.embed_slots(noised.ids, _seen(batch))
         if self.complementary:
             return self._both_halves(model, batch, noised, embeds)
         hidden = model.hidden(embeds=embeds, valid=batch.valid)
         text, weights = noised.text, batch.weights * noised.labels_text
         terms: dict[str, tuple[Tensor, int]] = {}
-        total = hidden.new_zeros(())
+        total, sums = hidden.new_zeros(()), dict[str, Tensor]()
         rows_text = noised.labels_text.any(1)
         if bool(text.any()):
             loss = objectives.chunked_cross_entropy(hidden[text], batch.labels[text], self._text_head(model))
             per_row = row_sum(loss * objectives.token_weights(text, noised.p, weights)[text], text)
-            mean = per_row.sum() / rows_text.sum() if self.reduction == "answer" else self._mean(loss, noised, weights)
-            total = total + self.text_weight * mean
+            of_token, count = self._of_answers(noised, weights)
+            sums["text"] = self.text_weight * (loss * of_token[text]).sum()
+            total = total + sums["text"] / count
             count_rows(terms, batch, per_row.detach(), rows_text)
         image = noised.image
         if bool(image.any()):
             codes = batch.labels[image] - model.layout().code_offset
             logits = model.code_head(hidden[image]).float()
             loss = F.cross_entropy(logits, codes, reduction="none", label_smoothing=self.label_smoothing)
-            total = total + self.image_weight * loss.mean()
+            sums["image"] = self.image_weight * loss.sum()
+            total = total + sums["image"] / len(loss)
             count_rows(terms, batch, row_sum(loss.detach(), image) / image.sum(1).clamp_min(1), image.any(1))
-        return Losses(total, terms)
+        return Losses(total, terms, sums)
 
     def _text_head(self, model: Any) -> Callable[[Tensor], Tensor]:
         if not self.exclude_mask:
             return cast("Callable[[Tensor], Tensor]", model.text_head)
         return lambda hidden: bounds.without(model.text_head(hidden), _mask_id(model))
 
-    def _mean(self, loss: Tensor, noised: _Noised, weights: Tensor) -> Tensor:
-        """The loss over all answers of the batch, by the weights of their tokens."""
+    def _of_answers(self, noised: _Noised, weights: Tensor) -> tuple[Float[Tensor, "B L"], Float[Tensor, ""]]:
+        """What the loss of a masked token counts, and by what the sum over all of them is divided."""
+        if self.reduction == "answer":
+            return objectives.token_weights(noised.text, noised.p, weights), noised.labels_text.any(1).sum().float()
         if self.reduction == "token":
-            return (loss * (weights / noised.p[:, None])[noised.text]).sum() / weights.sum()
+            return weights / noised.p[:, None], weights.sum()
         of_answer = objectives.length_weights(noised.labels_text.sum(1).clamp_min(1), noised.p, "square")
-        return objectives.weighted_mean(loss, (weights * of_answer[:, None])[noised.text])
+        of_token = weights * of_answer[:, None]
+        return of_token, of_token[noised.text].sum()
 
     def _both_halves(self, model: Any, batch: Batch, noised: _Noised, embeds: Tensor) -> Losses:
         """Mean cross-entropy of answer positions, each masked in one of two copies of its row."""
@@ -138,8 +157,9 @@ class Masked:
         per_row = summed / (batch.weights * labels).sum(1).clamp_min(torch.finfo(weights.dtype).tiny)
         terms: dict[str, tuple[Tensor, int]] = {}
         count_rows(terms, batch, per_row.detach(), labels.any(1))
-        total = summed.sum() / weights[: len(batch)].sum().clamp_min(torch.finfo(weights.dtype).tiny)
-        return Losses(self.text_weight * total, terms)
+        total = self.text_weight * summed.sum()
+        count = weights[: len(batch)].sum().clamp_min(torch.finfo(weights.dtype).tiny)
+        return Losses(total / count, terms, {"text": total})
 
 
 @config
@@ -156,7 +176,7 @@ class Autoencoding:
     """Weight of the bottleneck's own term: the KL divergence of a KL autoencoder (about 1e-6 to 1e-3), codebook and
     commitment of a VQGAN (about 1); no effect on finite scalar quantisation."""
 
-    def __call__(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> Losses:
+    def __call__(self, model: nn.Module, batch: Batch, source: rng.Source) -> Losses:
         """Mean absolute error over scales plus the same of horizontal and vertical differences."""
         pixels = _pixels(batch)
         output, bottleneck = model(pixels)
@@ -185,10 +205,12 @@ class Contrastive:
     type: Literal["contrastive"] = "contrastive"
     """Objective name."""
 
-    def __call__(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> Losses:
+    def __call__(self, model: Any, batch: Batch, source: rng.Source) -> Losses:
         """SigLIP's sigmoid loss, summed over texts and averaged over images (arXiv 2303.15343, algorithm 1)."""
-        logits = model(_pixels(batch), batch.ids, batch.valid)
-        same = torch.eye(len(batch), device=logits.device)
+        texts, first = of_everyone(model.embed_text(batch.ids, batch.valid))
+        logits = model.similarity(model.embed_image(_pixels(batch)), texts)
+        same = torch.zeros_like(logits)
+        same[:, first : first + len(batch)].fill_diagonal_(1)
         loss = -F.logsigmoid((2 * same - 1) * logits).sum(1)
         return Losses(loss.mean(), {"pair": (loss.detach().sum(), len(batch))})
 
@@ -212,16 +234,16 @@ class _Noised:
     p: Tensor  # [B], 1 / weight of the bound; of the linear schedule: the share of masked answer positions
 
 
-def _noise(spec: Masked, model: Any, batch: Batch, generator: torch.Generator) -> _Noised:
+def _noise(spec: Masked, model: Any, batch: Batch, source: rng.Source) -> _Noised:
     """Mask text targets independently with p(t), code targets in exact cosine counts, and drop some prompts."""
     layout, device = model.layout(), batch.ids.device
     b, length = batch.ids.shape
-    t, drop = rng.uniform(generator, (2, b), device=device)
-    u = rng.uniform(generator, (b, length), device=device)
+    t, drop = rng.uniform(source, (b, 2), device=device).unbind(1)
+    u = rng.uniform(source, (b, length), device=device)
     if batch.t is not None:
         t = batch.t
     elif spec.stratified:
-        t = masking.stratified_times(t)[rng.permutation(generator, 1, b, device=device)[0]]
+        t = masking.stratified_times(t)[rng.permutation(source, 1, b, device=device)[0]]
     targets = batch.labels != IGNORE
     is_code = targets & (batch.labels >= layout.code_offset)
     labels_text = targets & ~is_code

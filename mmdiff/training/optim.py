@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from mmdiff.config import Field, config
 from mmdiff.errors import CheckpointError, ConfigError
+from mmdiff.training.parallel.sharding import local, spread_like
 
 __all__ = [
     "EMA",
@@ -27,6 +28,7 @@ __all__ = [
     "decays",
     "factor",
     "fits",
+    "freeze",
     "from_tensors",
     "set_lr",
     "to_tensors",
@@ -96,10 +98,7 @@ def build(
     Raises:
         ConfigError: A pattern of ``spec.factors`` fits no parameter, or nothing is left to train.
     """
-    factors = _factors(model, spec.factors)
-    for name, parameter in model.named_parameters():
-        if factors[name] == 0:
-            parameter.requires_grad_(False)
+    factors = freeze(model, spec)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in trainable(model).items():
         by, share = (scales or {}).get(name, (1.0, 1.0))
@@ -111,6 +110,19 @@ def build(
     # On a CPU the fused kernel takes a quarter of the time of the plain loop; foreach is slower than the loop there.
     fused = all(p.device.type in ("cpu", "cuda") for p in model.parameters())
     return torch.optim.AdamW(tables, lr=spec.lr, betas=spec.betas, eps=spec.eps, fused=fused)
+
+
+def freeze(model: nn.Module, spec: OptimConfig) -> dict[str, float]:
+    """Freeze the parameters whose factor is 0; the factors of all, by name.
+
+    Raises:
+        ConfigError: A pattern of ``spec.factors`` fits no parameter.
+    """
+    factors = _factors(model, spec.factors)
+    for name, parameter in model.named_parameters():
+        if factors[name] == 0:
+            parameter.requires_grad_(False)
+    return factors
 
 
 def decays(name: str, parameter: nn.Parameter, exempt: Iterable[str]) -> bool:
@@ -161,8 +173,9 @@ class EMA:
     @torch.no_grad()
     def update(self, samples: int, batch: int) -> None:
         """Move the average towards the parameters after a step; arguments as in `decay`."""
-        now = [p.detach().float() for p in self._parameters.values()]
-        torch._foreach_lerp_(list(self.average.values()), now, 1 - self.decay(samples, batch))
+        now = [local(p.detach()).float() for p in self._parameters.values()]
+        average = [local(a) for a in self.average.values()]
+        torch._foreach_lerp_(average, now, 1 - self.decay(samples, batch))
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
@@ -230,4 +243,5 @@ def from_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: Ma
             own = torch.empty_like(
                 parameter, dtype=value.dtype, memory_format=torch.preserve_format, requires_grad=False
             )
-        optimizer.state[parameter][entry] = own.copy_(value)
+        local(own).copy_(local(spread_like(value, own)))
+        optimizer.state[parameter][entry] = own

@@ -27,13 +27,16 @@ class Log:
     Args:
         path: The file.
         size: Bytes to keep of what is there; the rest was written after the checkpoint that a run goes on from.
+        on: False writes nothing: another process does.
 
     Raises:
         CheckpointError: It cannot be opened.
     """
 
-    def __init__(self, path: Path, size: int) -> None:
-        self.path = path
+    def __init__(self, path: Path, size: int, on: bool = True) -> None:
+        self.path, self._file = path, None
+        if not on:
+            return
         try:
             # Unbuffered: after a full disk, closing a buffered file would try to write again and fail again.
             self._file = path.open("ab", buffering=0)
@@ -43,6 +46,8 @@ class Log:
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one line; it reaches the operating system at once."""
+        if self._file is None:
+            return
         line = json.dumps(record, allow_nan=False).encode() + b"\n"
         try:
             while line:
@@ -55,12 +60,15 @@ class Log:
 
     def size(self) -> int:
         """Bytes of the file, all of them on disk."""
+        if self._file is None:
+            return 0
         os.fsync(self._file.fileno())
         return os.fstat(self._file.fileno()).st_size
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 class Meter:

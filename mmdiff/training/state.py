@@ -30,6 +30,7 @@ from mmdiff.io import checkpoint as files
 from mmdiff.io.adapter import adapted
 from mmdiff.io.faults import fault
 from mmdiff.training import optim
+from mmdiff.training.parallel.sharding import local, spread_like
 
 __all__ = ["FREE_KEYS", "Checkpoints", "Snapshot", "check", "claim", "copy_into", "load_average", "model_tensors"]
 
@@ -41,9 +42,11 @@ _FREE = (
     *(p + k for p in ("", "train.") for k in ("log_every_samples", "checkpoint_every_samples", "keep")),
     *("data." + k for k in ("workers", "start_method", "prefetch", "cache_decoded", "cache_mib", "allow_changed")),
     *("data." + k for k in ("max_skip_fraction", "damaged")),
+    *(p + k for p in ("", "train.") for k in ("step_timeout_s", "first_step_timeout_s")),
 )
 FREE_KEYS = frozenset(_FREE)
-"""Dotted keys of a run's configuration that may differ on resume: they do not touch the numbers."""
+"""Dotted keys of a run's configuration that may differ on resume: they do not touch the numbers. So do those below
+``train.parallel``."""
 
 _NAME = re.compile(r"step_\d{10,}")
 _DRAFT = re.compile(r"step_\d{10,}\.tmp-\d+")
@@ -114,7 +117,7 @@ class Checkpoints:
         Raises:
             CheckpointError: It could not be written; the checkpoints before it are as they were.
         """
-        target = self.folder / f"step_{snapshot.samples:010d}"
+        target = self.path(snapshot.samples)
         draft = target.with_name(f"{target.name}.tmp-{os.getpid()}")
         try:
             _write(draft, snapshot)
@@ -126,13 +129,20 @@ class Checkpoints:
             raise CheckpointError(self._complaint(target, snapshot, error)) from error
         return target
 
-    def load(self, path: Path) -> Snapshot:
-        """Read a checkpoint that `latest` found; newer ones, which are damaged, are set aside as ``*.damaged``."""
+    def path(self, samples: int) -> Path:
+        """Where the checkpoint of so many samples is, or would be."""
+        return self.folder / f"step_{samples:010d}"
+
+    def set_aside_newer(self, path: Path) -> None:
+        """Rename checkpoints newer than one that `latest` found, which are damaged, to ``*.damaged``."""
         for newer in self._steps():
             if newer > path:
                 aside = newer.with_name(f"{newer.name}.damaged")
                 shutil.rmtree(aside, ignore_errors=True)
                 newer.rename(aside)
+
+    def load(self, path: Path) -> Snapshot:
+        """Read a checkpoint that `latest` found."""
         state = atomic.load_json(path / "state.json")
         tensors = {p.stem: dict(files.read_tensors(p)) for p in sorted(path.glob("*.safetensors"))}
         return Snapshot(samples=state["samples"], tensors=tensors, state=state)
@@ -259,7 +269,7 @@ def copy_into(own: Mapping[str, Tensor], saved: Mapping[str, Tensor], what: str)
     if complaints:
         raise CheckpointError(f"{what} does not fit the model: {'; '.join(sorted(complaints))}")
     for name, tensor in own.items():
-        tensor.copy_(saved[name])
+        local(tensor).copy_(local(spread_like(saved[name], tensor)))
 
 
 def load_average(run_dir: Path, model: nn.Module) -> Path:
@@ -285,7 +295,7 @@ def load_average(run_dir: Path, model: nn.Module) -> Path:
 
 def _refuse_changes(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
     a, b = _flat(old), _flat(new)
-    keys = [k for k in sorted(a.keys() | b.keys()) if a.get(k, ...) != b.get(k, ...) and k not in FREE_KEYS]
+    keys = [k for k in sorted(a.keys() | b.keys()) if a.get(k, ...) != b.get(k, ...) and not _is_free(k)]
     if b.get("data.allow_changed"):
         keys = [k for k in keys if not k.startswith("data.")]
     if keys:
@@ -293,6 +303,10 @@ def _refuse_changes(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) 
         raise ConfigError(
             f"{path}: the run was begun with another configuration ({listed}); undo it or choose another out"
         )
+
+
+def _is_free(key: str) -> bool:
+    return key in FREE_KEYS or key.removeprefix("train.").startswith("parallel.")
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -55,31 +55,54 @@ class TokenDiffusion:
         if self.weighted and self.masks == "mar":
             raise ConfigError("objective: weighted needs a mask schedule; mar has none")
 
-    def __call__(self, model: Any, batch: Batch, generator: torch.Generator) -> Losses:
+    def together(self, model: Any, batch: Batch, rows: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """Masks of all rows of a step: they share a time, or spread theirs."""
+        mask, p = self.masked(rows, self._tokens(model, batch).shape[1], generator)
+        return {"masked": mask, "t": p[:, 0]}
+
+    def counts(self, model: Any, batch: Batch, source: rng.Source) -> dict[str, float]:
+        """Masked tokens, once per copy."""
+        mask, _ = self._masked(self._tokens(model, batch), batch, source)
+        return {"image": float(mask.sum()) * self.copies}
+
+    def __call__(self, model: Any, batch: Batch, source: rng.Source) -> Losses:
         """Mean over the masked tokens of the batch."""
-        if batch.latents is None or batch.classes is None:
-            raise ConfigError("objective token_diffusion: needs the task latent (shards made by mmdiff data cache)")
-        tokens = model.patchify(batch.latents)
+        tokens = self._tokens(model, batch)
         b, n, c = tokens.shape
-        labels = self.dropped(batch.classes, rng.uniform(generator, (b,), device=tokens.device), model.config.classes)
-        mask, p = self.masked(b, n, generator)
+        mask, p = self._masked(tokens, batch, source)
+        drop = rng.uniform(source, (b,), device=tokens.device)
+        labels = self.dropped(cast("Tensor", batch.classes), drop, model.config.classes)
+        # Drawn for every token, so that a row's numbers depend on nothing but the row.
+        u = rng.uniform(source, (b, self.copies, n), device=tokens.device)
+        noise = rng.normal(source, (b, self.copies, n, c), device=tokens.device)
 
         def draws(places: Tensor) -> tuple[Tensor, Tensor]:
-            u = rng.uniform(generator, (len(places),), device=tokens.device)
-            noise = rng.normal(generator, (len(places), c), device=tokens.device)
-            return (u * len(_process())).long(), noise
+            t = (u.transpose(0, 1).flatten()[places] * len(_process())).long()
+            return t, noise.transpose(0, 1).flatten(0, 2)[places]
 
-        total = self.loss(model, tokens, labels, mask.to(tokens.device), p.to(tokens.device), draws)
-        return Losses(total, {"image": (total.detach() * b, b)})
+        total = self.loss(model, tokens, labels, mask, p, draws)
+        count = mask.sum() * self.copies
+        return Losses(total, {"image": (total.detach() * b, b)}, {"image": total * count})
 
-    def masked(
-        self, batch: int, tokens: int, generator: torch.Generator
-    ) -> tuple[Bool[Tensor, "B N"], Float[Tensor, "B N"]]:
+    def _tokens(self, model: Any, batch: Batch) -> Float[Tensor, "B N C"]:
+        if batch.latents is None or batch.classes is None:
+            raise ConfigError("objective token_diffusion: needs the task latent (shards made by mmdiff data cache)")
+        return model.patchify(batch.latents)
+
+    def _masked(self, tokens: Tensor, batch: Batch, source: rng.Source) -> tuple[Tensor, Tensor]:
+        """The masks of the step, or new ones."""
+        b, n, _ = tokens.shape
+        if batch.masked is not None and batch.t is not None:
+            return batch.masked, batch.t[:, None].expand(b, n)
+        mask, p = self.masked(b, n, source)
+        return mask.to(tokens.device), p.to(tokens.device)
+
+    def masked(self, batch: int, tokens: int, source: rng.Source) -> tuple[Bool[Tensor, "B N"], Float[Tensor, "B N"]]:
         """(True = masked, the time that weights the loss)."""
         if self.masks == "mar":
-            return masking.mar_mask(batch, tokens, generator), torch.ones(batch, tokens)
+            return masking.mar_mask(batch, tokens, source), torch.ones(batch, tokens)
         draw = shared_mask if self.masks == "shared" else independent_masks
-        return draw(self.schedule, batch, tokens, generator, t_min=self.t_min)
+        return draw(self.schedule, batch, tokens, source, t_min=self.t_min)
 
     def dropped(self, labels: Int[Tensor, "B"], u: Float[Tensor, "B"], classes: int) -> Int[Tensor, "B"]:
         """Labels, some replaced by the number of classes, which means none."""

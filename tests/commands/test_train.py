@@ -170,9 +170,12 @@ def test_a_recipe_that_cannot_be_carried_out_is_refused_in_words(recipe, overrid
         train.run(recipe, overrides, dry_run=True)
 
 
-def test_several_processes_are_refused(recipe, monkeypatch):
+def test_several_processes_without_a_launcher_are_refused(recipe, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="WORLD_SIZE=2: several processes are not supported yet"):
+    with pytest.raises(ConfigError, match=r"WORLD_SIZE=2 but RANK, MASTER_ADDR, MASTER_PORT is not set; .*torchrun"):
+        train.run(recipe)
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    with pytest.raises(ConfigError, match="not a number of processes"):
         train.run(recipe)
 
 

@@ -7,84 +7,15 @@ import os
 import random
 import re
 import signal
-import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mmdiff.errors import EXIT_STOPPED
 from mmdiff.io.atomic import verify_manifest
 from mmdiff.training.report import TIMING_FIELDS
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-class Zygote:
-    """Starts toy runs in forked children of one process that has imported torch already."""
-
-    def __init__(self, errors: Path) -> None:
-        self.errors, self._errors = errors, errors.open("w")
-        self._process = subprocess.Popen(
-            [sys.executable, str(ROOT / "tests/helpers/toy_training.py")],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            text=True,
-            env={
-                **os.environ,
-                "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-                "OMP_NUM_THREADS": "1",
-            },
-        )
-
-    def start(self, run_dir: Path, changes: dict | None = None, **env: str) -> int:
-        """Start a run; its pid."""
-        request = {"run_dir": str(run_dir), "env": env, "changes": changes or {}}
-        return self._ask(json.dumps(request), "pid")
-
-    def wait(self) -> int:
-        """Return code of the run that was started last; negative: the signal that ended it."""
-        return self._ask("wait", "code")
-
-    def _ask(self, request: str, kind: str) -> int:
-        self._process.stdin.write(f"{request}\n")
-        self._process.stdin.flush()
-        # Checked, because a number that is no pid must never reach os.kill: 0 and -1 mean many processes.
-        line = self._process.stdout.readline()
-        assert line.startswith(f"{kind} "), f"expected {kind}, got {line!r}: {self.errors.read_text()[-2000:]}"
-        return int(line.split()[1])
-
-    def run(self, run_dir: Path, changes: dict | None = None, **env: str) -> int:
-        """Start and wait."""
-        self.start(run_dir, changes, **env)
-        return self.wait()
-
-    def close(self) -> None:
-        self._process.kill()
-        self._process.communicate()
-        self._errors.close()
-
-
-@pytest.fixture(scope="module")
-def zygote(tmp_path_factory) -> Iterator[Zygote]:
-    server = Zygote(tmp_path_factory.mktemp("zygote") / "stderr")
-    yield server
-    server.close()
-
-
-@pytest.fixture
-def tmp_path(tmp_path) -> Iterator[Path]:
-    """In memory where that is possible: a killed process leaves the same there, and fsyncs cost nothing."""
-    memory = Path("/dev/shm")
-    if not os.access(memory, os.W_OK):
-        yield tmp_path
-        return
-    with tempfile.TemporaryDirectory(dir=memory, prefix="mmdiff-test-") as folder:
-        yield Path(folder)
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +49,7 @@ def assert_same_run(run_dir: Path, other: Path) -> None:
     assert not list((run_dir / "checkpoints").glob("*.tmp-*"))
 
 
-def kill_at_random(zygote: Zygote, run_dir: Path, seed: int, kills: int, sleep: float) -> int:
+def kill_at_random(zygote: Any, run_dir: Path, seed: int, kills: int, sleep: float) -> int:
     """Kill -9 ``kills`` times at random moments of a run that is restarted each time, then let it end."""
     draw, died = random.Random(seed), 0
     for _ in range(kills):

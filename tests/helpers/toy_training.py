@@ -10,6 +10,8 @@ import importlib
 import json
 import os
 import resource
+import signal
+import socket
 import sys
 import time
 import traceback
@@ -22,9 +24,12 @@ from torch import nn
 
 from mmdiff import rng
 from mmdiff.batch import IGNORE, Batch
-from mmdiff.errors import EXIT_STOPPED, MmdiffError
+from mmdiff.config import parse
+from mmdiff.errors import EXIT_STOPPED, MmdiffError, ShardError
 from mmdiff.training.loop import FitReport, TrainConfig, fit
+from mmdiff.training.microbatch import split
 from mmdiff.training.objective import Losses
+from mmdiff.training.parallel.step import ParallelConfig
 
 BATCH = 4
 CONFIG = TrainConfig(
@@ -56,6 +61,25 @@ class Net(nn.Module):
 
     def forward(self, ids):
         hidden = self.drop(self.norm(self.embed(ids).mean(1)))
+        return self.out(hidden), self.rare(hidden)
+
+
+class Plain(nn.Module):
+    """The same without draws and running statistics, with blocks: equal for any number of processes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.blocks = nn.Embedding(16, 8), nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+        self.out, self.rare = nn.Linear(8, 16), nn.Linear(8, 1)
+        self.out.weight = self.embed.weight
+        generator = rng.generator(0, "init")
+        for p in self.parameters():
+            nn.init.normal_(p, 0, 0.3, generator=generator)
+
+    def forward(self, ids):
+        hidden = self.embed(ids).mean(1)
+        for block in self.blocks:
+            hidden = hidden + block(hidden).tanh()
         return self.out(hidden), self.rare(hidden)
 
 
@@ -95,10 +119,10 @@ class Loader:
         self.position = saved["position"]
 
 
-def objective(model, batch: Batch, generator: torch.Generator) -> Losses:
+def objective(model, batch: Batch, source: rng.Source) -> Losses:
     """Predict the first id from noised ids; every third part also uses the rare head."""
-    noise = torch.randint(0, 16, batch.ids.shape, generator=generator)
-    swap = torch.rand(batch.ids.shape, generator=generator) < 0.3
+    noise = (rng.uniform(source, batch.ids.shape) * 16).long()
+    swap = rng.uniform(source, batch.ids.shape) < 0.3
     logits, rare = model(torch.where(swap, noise, batch.ids))
     rows = nn.functional.cross_entropy(logits, batch.ids[:, 0], reduction="none")
     total = rows.mean()
@@ -111,15 +135,77 @@ def objective(model, batch: Batch, generator: torch.Generator) -> Losses:
     return Losses(total, terms)
 
 
-def slow_objective(model, batch: Batch, generator: torch.Generator) -> Losses:
+def slow_objective(model, batch: Batch, source: rng.Source) -> Losses:
     """Takes long enough for signals to arrive in the middle."""
     time.sleep(float(os.environ.get("TOY_SLEEP", "0")))
-    return objective(model, batch, generator)
+    return objective(model, batch, source)
 
 
-def train(run_dir: Path, **changes) -> FitReport:
-    """The run, resumed if ``run_dir`` holds a part of it."""
-    config = replace(CONFIG, **changes)
+class Rows(Loader):
+    """This process's rows of each batch; writes their keys to ``TOY_KEYS`` and misbehaves as ``TOY_DO`` says."""
+
+    def __iter__(self):
+        rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        while True:
+            batch = split(self.batch(self.position), world)[rank]
+            self.position += BATCH
+            self._misbehave(self.position)
+            if path := os.environ.get("TOY_KEYS"):
+                with Path(f"{path}.{rank}").open("a") as file:
+                    file.write(json.dumps([self.position, batch.keys]) + "\n")
+            yield batch
+
+    def where(self):
+        return "shard-7.tar"
+
+    def _misbehave(self, position: int) -> None:
+        what, _, at = os.environ.get("TOY_DO", "").partition("@")
+        if position != int(at or -1):
+            return
+        if what == "hang":
+            time.sleep(60)
+        if what == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if what == "term":
+            os.kill(os.getpid(), signal.SIGTERM)
+        if what == "raise":
+            raise ValueError("the sky fell")
+        if what == "shard":
+            raise ShardError("shard-7.tar is gone")
+
+
+class Uneven:
+    """Two means with other numbers of summands in every part; one is absent from many."""
+
+    def __call__(self, model, batch: Batch, source: rng.Source) -> Losses:
+        swap, on = rng.uniform(source, batch.ids.shape) < 0.3, self._on(batch)
+        logits, rare = model(batch.ids.masked_fill(swap, 0))
+        rows = nn.functional.cross_entropy(logits, batch.ids[:, 0], reduction="none")
+        sums = {"rows": rows.sum()}
+        if bool(on.any()):
+            sums["rare"] = rare[on].square().sum()
+        at = int(batch.keys[0].removeprefix("sample-")) // BATCH * BATCH
+        if os.environ.get("TOY_DO") == f"nan_loss@{at}":
+            sums["rows"] = sums["rows"] * float("nan")
+        if os.environ.get("TOY_DO") == f"nan_gradient@{at}":
+            # The square root of 0 is 0, its slope infinite.
+            sums["rows"] = sums["rows"] + (model.rare.weight * 0).square().sum().sqrt()
+        terms = {t: [rows[i].detach() for i, u in enumerate(batch.tasks) if u == t] for t in set(batch.tasks)}
+        return Losses(rows.mean(), {t: (torch.stack(r).sum(), len(r)) for t, r in terms.items()}, sums)
+
+    def counts(self, model, batch: Batch, source: rng.Source) -> dict[str, float]:
+        return {"rows": float(len(batch)), "rare": float(self._on(batch).sum())}
+
+    def _on(self, batch: Batch) -> torch.Tensor:
+        return batch.ids[:, 1] > 9
+
+
+def train(run_dir: Path, plain: bool = False, **changes) -> FitReport:
+    """The run, resumed if ``run_dir`` holds a part of it; ``plain`` is the one for several processes."""
+    parallel = parse(ParallelConfig, changes.pop("parallel", {"type": "ddp"}), "parallel")
+    config = replace(CONFIG, parallel=parallel, **changes)
+    if plain:
+        return fit(Plain(), Uneven(), Rows(), config, run_dir, resume=True, progress=False)
     return fit(Net(), slow_objective, Loader(), config, run_dir, resume=True, progress=False)
 
 
@@ -129,7 +215,10 @@ def _child(request) -> None:
     if limit := os.environ.get("TOY_FILE_LIMIT"):
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), resource.RLIM_INFINITY))
     try:
-        report = train(Path(request["run_dir"]), **request.get("changes", {}))
+        if "recipe" in request:
+            report = importlib.import_module("mmdiff.commands.train").run(**request["recipe"], progress=False).fit
+        else:
+            report = train(Path(request["run_dir"]), **request.get("changes", {}))
         code = EXIT_STOPPED if report.stopped else 0
     except BaseException as error:
         # The limit would hold for the file behind stderr, too.
@@ -150,14 +239,31 @@ def serve() -> None:
     importlib.import_module("torch._dynamo")
     importlib.import_module("ruamel.yaml")
     while line := sys.stdin.readline():
-        pid = os.fork()
-        if pid == 0:
-            _child(json.loads(line))
-        print(f"pid {pid}", flush=True)
+        request = json.loads(line)
+        if "recipe" in request:
+            importlib.import_module("mmdiff.commands.recipe")
+        pids = []
+        for env in _launched(request.get("ranks", 0), request.get("env_of", {})):
+            pid = os.fork()
+            if pid == 0:
+                _child({**request, "env": {**request.get("env", {}), **env}})
+            pids.append(pid)
+        print("pid", *pids, flush=True)
         # Not reaped before it is asked for, so that the pid stays the child's and may be signalled.
         sys.stdin.readline()
-        _, status = os.waitpid(pid, 0)
-        print(f"code {os.waitstatus_to_exitcode(status)}", flush=True)
+        codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+        print("code", *codes, flush=True)
+
+
+def _launched(ranks: int, env_of: dict) -> list[dict]:
+    """What torchrun tells each process; one process that is told nothing if there are no ranks."""
+    if not ranks:
+        return [{}]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [{**common, "RANK": str(r), **env_of.get(str(r), {})} for r in range(ranks)]
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from mmdiff.training import optim, state
 from mmdiff.training.loop import TrainConfig, fit
 from mmdiff.training.microbatch import split
 from mmdiff.training.objective import Losses
+from mmdiff.training.parallel.together import row_sources
 from mmdiff.training.report import TIMING_FIELDS, Meter
 
 
@@ -44,7 +45,7 @@ def test_the_loop_equals_ten_lines_of_plain_pytorch(toy, tmp_path):
     config = TrainConfig(samples=40, seed=5, grad_clip=0.1, optim={"lr": 0.01}, schedule={"kind": "constant"})
 
     def objective(model, batch, generator):
-        loss = (model(batch.weights) + torch.rand(4, 1, generator=generator)).square()
+        loss = (model(batch.weights) + rng.uniform(generator, (4, 1))).square()
         return Losses(loss.mean(), {"a": (loss.detach().sum(), 4)})
 
     torch_model, model = nn.Linear(5, 1), nn.Linear(5, 1)
@@ -59,7 +60,7 @@ def test_the_loop_equals_ten_lines_of_plain_pytorch(toy, tmp_path):
     optimizer = torch.optim.AdamW(groups, lr=0.01, betas=(0.9, 0.99))
     for position in range(0, 40, 4):
         optimizer.zero_grad()
-        objective(torch_model, loader.batch(position), rng.generator(5, "objective", position)).total.backward()
+        objective(torch_model, loader.batch(position), row_sources(5, position, 4)).total.backward()
         nn.utils.clip_grad_norm_(torch_model.parameters(), 0.1)
         optimizer.step()
     torch.testing.assert_close(model.weight, torch_model.weight, rtol=1e-5, atol=1e-7)

@@ -58,7 +58,7 @@ def batch() -> Batch:
 def by_hand(spec: Masked, b: Batch, seed: int) -> torch.Tensor:
     """The published losses written row by row with full logits, on the same draws."""
     g = rng.generator(seed, "objective")
-    t, drop = rng.uniform(g, (2, 4))
+    t, drop = rng.uniform(g, (4, 2)).unbind(1)
     u = rng.uniform(g, (4, b.ids.shape[1]))
     ids, text_loss, n_text, code_loss = b.ids.clone(), torch.zeros(()), 0, []
     for i in range(4):
@@ -157,6 +157,6 @@ def test_complementary_masking_is_refused_for_image_codes() -> None:
 
 
 def test_times_of_a_whole_step_cover_the_unit_interval_evenly() -> None:
-    times = Masked().times(8, rng.generator(0, "times"))
+    times = Masked().together(MODEL, batch(), 8, rng.generator(0, "together"))["t"]
     assert sorted((times * 8).long().tolist()) == list(range(8))
-    assert Masked(stratified=False).times(8, rng.generator(0, "times")) is None
+    assert Masked(stratified=False).together(MODEL, batch(), 8, rng.generator(0, "together")) == {}

@@ -76,6 +76,7 @@ def test_a_damaged_newest_one_is_set_aside_and_never_counts_as_kept(checkpoints,
     path = checkpoints.latest()
     assert path.name == "step_0000000020"
     assert "step_0000000030" in caplog.text
+    checkpoints.set_aside_newer(path)
     assert checkpoints.load(path).samples == 20
     checkpoints.save(snapshot(25))
     assert names(checkpoints) == ["step_0000000020", "step_0000000025", "step_0000000030.damaged"]

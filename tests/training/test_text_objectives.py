@@ -38,7 +38,7 @@ def generator() -> torch.Generator:
 def noised(b: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Masks, shares and full cross-entropies of `Masked(masking='independent', stratified=False)`."""
     g = generator()
-    t, _ = rng.uniform(g, (2, len(b)))
+    t, _ = rng.uniform(g, (len(b), 2)).unbind(1)
     u, p = rng.uniform(g, tuple(b.ids.shape)), masking.mask_probability(t)
     masked = masking.independent_mask(p, u, b.labels != IGNORE)
     logits = MODEL(b.ids.masked_fill(masked, 3), valid=b.valid)
