@@ -1,4 +1,4 @@
-"""Gradient checkpointing: blocks keep their input only and are computed again in the backward pass."""
+"""Other ways to run a network's blocks: computed again in the backward pass (gradient checkpointing), or compiled."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["blocks", "recomputing"]
+__all__ = ["blocks", "compiling", "recomputing"]
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
@@ -34,15 +34,36 @@ def recomputing(
 
     Source: Chen et al. (arXiv 1604.06174).
     """
-    wrapped = blocks(model) if on else []
-    for block in wrapped:
+    with _replaced(blocks(model) if on else [], lambda forward: _twice(forward, again)):
+        yield
+
+
+@contextmanager
+def compiling(model: nn.Module, on: bool = True) -> Iterator[None]:
+    """Within the block every block of ``model`` is compiled: once for all blocks of a class and shape, on first use.
+
+    Args:
+        model: Any network whose blocks stand in a list.
+        on: False changes nothing.
+    """
+    with _replaced(blocks(model) if on else [], torch.compile):
+        yield
+
+
+@contextmanager
+def _replaced(members: list[nn.Module], change: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+    before = [vars(block).get("forward") for block in members]
+    for block in members:
         # On the instance, so that names in the state dict stay.
-        block.forward = _twice(block.forward, again)
+        block.forward = change(block.forward)
     try:
         yield
     finally:
-        for block in wrapped:
-            del block.forward
+        for block, forward in zip(members, before, strict=True):
+            if forward is None:
+                del block.forward
+            else:
+                block.forward = forward
 
 
 def _twice(forward: Callable[..., Any], again: Callable[[], AbstractContextManager[Any]]) -> Callable[..., Any]:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+import mmdiff
 from data_pipelines.pack import write_shards
 from data_pipelines.reader import iter_samples
 from mmdiff import config
@@ -52,8 +55,24 @@ def overrides(made: Path, stage: str, out: Path) -> list[str]:
         *(f"data.sources.{i}.shards=[{shards}]" for i in range(sources)),
         f"train.samples={STEPS * batch}",
         f"train.log_every_samples={batch}",
+        "train.step_timeout_s=40",
+        "train.first_step_timeout_s=60",
         f"out={out}",
     ]
+
+
+def run_both(zygote: Any, made: Path, one: Path, two: Path, stage: str, shared: list[str], spread: list[str]) -> None:
+    """The same recipe in one process and in two, the second with further changes; losses must agree."""
+    for out, ranks, changes in ((one, 0, shared), (two, 2, [*shared, *spread])):
+        codes = zygote.train(f"demo/{stage}.yaml", [*overrides(made, stage, out), *changes], ranks)
+        assert codes == [0] * max(ranks, 1), zygote.said()[-3000:]
+    logs = [[json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()] for out in (one, two)]
+    assert len(logs[0]) == len(logs[1]) == STEPS
+    for a, b in zip(*logs, strict=True):
+        assert a["samples"] == b["samples"]
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5, rel=1e-5)
+        assert a["losses"] == pytest.approx(b["losses"], abs=1e-5, rel=1e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -61,15 +80,21 @@ def test_two_processes_see_the_batches_and_losses_of_one(zygote, made, tmp_path,
     if stage == "unified":
         encoder = made / "image_tokenizer" / "model"
         data.cache([str(made / "pictures")], encoder=encoder, out=made / "codes", batch=64, fit="square", device="cpu")
-    for out, ranks in ((made / stage, 0), (tmp_path / "two", 2)):
-        codes = zygote.train(f"demo/{stage}.yaml", overrides(made, stage, out), ranks)
-        assert codes == [0] * max(ranks, 1), zygote.said()[-3000:]
-    logs = [(out / "log.jsonl").read_text() for out in (made / stage, tmp_path / "two")]
-    one, two = ([json.loads(line) for line in text.splitlines()] for text in logs)
-    assert len(one) == len(two) == STEPS
-    for a, b in zip(one, two, strict=True):
-        assert a["samples"] == b["samples"]
-        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5, rel=1e-5)
-        assert a["losses"] == pytest.approx(b["losses"], abs=1e-5, rel=1e-5)
-        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+    run_both(zygote, made, made / stage, tmp_path / "two", stage, [], [])
     assert (tmp_path / "two" / "model" / "manifest.json").is_file()
+
+
+FSDP = ["train.parallel.type=fsdp", "train.gradient_checkpointing=true"]
+
+
+def test_spread_weights_give_the_losses_of_one_process_and_a_model_that_anybody_loads(zygote, made, tmp_path):
+    run_both(zygote, made, tmp_path / "one", tmp_path / "two", "unified", [], FSDP)
+    a, b = (mmdiff.load(tmp_path / name / "model").model for name in ("one", "two"))
+    for (name, mine), (_, other) in zip(a.named_parameters(), b.named_parameters(), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_an_adapter_is_trained_beside_spread_weights(zygote, made, tmp_path):
+    lora = ["train.lora={rank: 2, also: [codes]}", "train.optim.factors={}"]
+    run_both(zygote, made, tmp_path / "one", tmp_path / "two", "unified", lora, FSDP)
+    assert (tmp_path / "two" / "adapter" / "adapter_config.json").is_file()

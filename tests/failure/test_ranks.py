@@ -61,6 +61,36 @@ def test_two_processes_give_the_losses_and_weights_of_one(zygote, alone, tmp_pat
     assert_close(tmp_path / "run", alone)
 
 
+def test_groups_of_a_mup_plan_hold_where_weights_are_spread(zygote, tmp_path):
+    changes = {**CHANGES, "scales": {"blocks.0.weight": (0.25, 4.0), "embed.weight": (2.0, 1.0)}}
+    assert zygote.run_ranks(tmp_path / "one", 1, changes) == [0]
+    assert zygote.run_ranks(tmp_path / "two", 2, {**changes, "parallel": FSDP}) == [0, 0]
+    assert_close(tmp_path / "two", tmp_path / "one")
+
+
+def test_replicas_of_spread_weights_give_the_losses_of_one_process(zygote, alone, tmp_path):
+    codes = zygote.run_ranks(tmp_path / "run", 4, {**CHANGES, "parallel": {**FSDP, "replicas": 2}})
+    assert codes == [0] * 4, zygote.said()[-2000:]
+    assert_close(tmp_path / "run", alone)
+
+
+def test_spread_weights_travel_in_bfloat16(zygote, alone, tmp_path):
+    changes = {**CHANGES, "parallel": {**FSDP, "dtype": "bfloat16"}, "autocast": "bfloat16"}
+    assert zygote.run_ranks(tmp_path / "run", 2, changes) == [0, 0]
+    losses = [[line["loss"] for line in log_of(run_dir)] for run_dir in (tmp_path / "run", alone)]
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+    assert load_file(newest(tmp_path / "run") / "model.safetensors")["out.bias"].dtype == torch.float32
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", [{"type": "ddp"}, FSDP], ids=lambda p: p["type"])
+def test_compiled_blocks_give_the_same_losses(zygote, alone, tmp_path, parallel):
+    changes = {**CHANGES, "step_timeout_s": 200, "first_step_timeout_s": 200, "compile": True, "parallel": parallel}
+    assert zygote.run_ranks(tmp_path / "run", 2, changes) == [0, 0]
+    assert_close(tmp_path / "run", alone)
+
+
 @pytest.mark.parametrize("parallel", [{"type": "ddp"}, FSDP], ids=lambda p: p["type"])
 def test_r3_a_run_goes_on_with_another_number_of_processes_and_every_sample_comes_once(
     zygote, alone, tmp_path, parallel

@@ -203,9 +203,10 @@ class Uneven:
 def train(run_dir: Path, plain: bool = False, **changes) -> FitReport:
     """The run, resumed if ``run_dir`` holds a part of it; ``plain`` is the one for several processes."""
     parallel = parse(ParallelConfig, changes.pop("parallel", {"type": "ddp"}), "parallel")
+    scales = changes.pop("scales", None)
     config = replace(CONFIG, parallel=parallel, **changes)
     if plain:
-        return fit(Plain(), Uneven(), Rows(), config, run_dir, resume=True, progress=False)
+        return fit(Plain(), Uneven(), Rows(), config, run_dir, resume=True, progress=False, scales=scales)
     return fit(Net(), slow_objective, Loader(), config, run_dir, resume=True, progress=False)
 
 
