@@ -63,7 +63,8 @@ def test_wheel_holds_every_module_recipe_and_embedded_file(wheel: Path, reposito
     wanted = {p.relative_to(repository).as_posix() for part in PARTS[:3] for p in (repository / part).rglob("*.py")}
     wanted |= {f"mmdiff/{p.relative_to(repository).as_posix()}" for p in (repository / "configs").rglob("*.yaml")}
     embedded = repository / "data_pipelines" / "embedded"
-    wanted |= {p.relative_to(repository).as_posix() for p in embedded.rglob("*") if p.is_file()}
+    for folder in (embedded, repository / "mmdiff" / "embedded"):
+        wanted |= {p.relative_to(repository).as_posix() for p in folder.rglob("*") if p.is_file()}
     wanted |= {"mmdiff/py.typed"}
     assert not wanted - held, "add the package to [tool.setuptools] packages, or the file type to package-data"
     assert any(name.startswith("mmdiff/configs/") for name in held)

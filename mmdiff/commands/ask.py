@@ -17,13 +17,13 @@ from mmdiff.commands.options import (
     GenLength,
     Guidance,
     Json,
-    Model,
     Preset,
     Quantize,
     Seed,
     Steps,
     Temperature,
     Threshold,
+    model_first,
     said,
     summary,
 )
@@ -32,9 +32,13 @@ __all__ = ["ask"]
 
 
 def ask(
-    model: Model,
-    image: Annotated[Path, typer.Argument(help="Image file.")],
-    question: Annotated[str, typer.Argument(help="What you want to know.")],
+    words: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[MODEL] IMAGE QUESTION",
+            help="Checkpoint (folder or hub id; without it the model in the package), image file, question.",
+        ),
+    ],
     preset: Preset = None,
     gen_length: GenLength = None,
     steps: Steps = None,
@@ -52,7 +56,11 @@ def ask(
     """Answer a question about an image."""
     from mmdiff.pipelines import VisionLanguage
 
-    words: dict[str, Any] = said(
+    model, asked = model_first(words, 2)
+    if len(asked) != 2:
+        raise typer.BadParameter("expected [MODEL] IMAGE QUESTION; put a question of several words into quotes")
+    image, question = Path(asked[0]), asked[1]
+    options: dict[str, Any] = said(
         preset=preset,
         gen_length=gen_length,
         num_inference_steps=steps,
@@ -65,7 +73,7 @@ def ask(
         model, device=device, dtype=dtype, quantize=quantize, adapter=adapter, device_map=device_map
     )
     start = time.perf_counter()
-    answer = vlm.ask(image, question, **words)
+    answer = vlm.ask(image, question, **options)
     typer.echo(summary(vlm.trace, 1, time.perf_counter() - start), err=True)
     result = {"image": str(image), "question": question, "answer": answer}
     typer.echo(json.dumps(result, ensure_ascii=False) if as_json else answer)

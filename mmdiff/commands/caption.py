@@ -19,13 +19,13 @@ from mmdiff.commands.options import (
     GenLength,
     Guidance,
     Json,
-    Model,
     Preset,
     Quantize,
     Seed,
     Steps,
     Temperature,
     Threshold,
+    model_first,
     said,
     summary,
 )
@@ -38,8 +38,14 @@ _BATCH = 16
 
 
 def caption(
-    model: Model,
-    images: Annotated[list[str], typer.Argument(help="Image files; with --out, shards.")],
+    words: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[MODEL] IMAGE...",
+            help="Checkpoint (folder or hub id; a single word is an image, for the model in the package), then image "
+            "files; with --out, shards.",
+        ),
+    ],
     prompt: Annotated[str | None, typer.Option(help="What to ask for.")] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder: describe every picture of shards; an interrupted run goes on there.")
@@ -67,7 +73,8 @@ def caption(
 
     from mmdiff.pipelines import VisionLanguage
 
-    words: dict[str, Any] = said(
+    model, images = model_first(words, 1)
+    options: dict[str, Any] = said(
         preset=preset,
         gen_length=gen_length,
         num_inference_steps=steps,
@@ -86,14 +93,14 @@ def caption(
         device_map=device_map,
     )
     if out is not None:
-        asked = {**words, "dtype": dtype, "quantize": quantize, "adapter": adapter and digest(adapter)}
-        _bulk(vlm, model, images, out, asked, words, batch=batch, field=field, as_json=as_json)
+        asked = {**options, "dtype": dtype, "quantize": quantize, "adapter": adapter and digest(adapter)}
+        _bulk(vlm, model, images, out, asked, options, batch=batch, field=field, as_json=as_json)
         return
     batch = batch or _BATCH
     start, found = time.perf_counter(), []
     with tqdm(total=len(images), unit="image", disable=len(images) <= batch) as bar:
         for part in _parts(images, batch):
-            found += vlm.caption(part, **words)
+            found += vlm.caption(part, **options)
             bar.update(len(part))
     typer.echo(summary(vlm.trace, len(found), time.perf_counter() - start), err=True)
     if as_json:

@@ -9,6 +9,7 @@ from typing import Any
 import typer
 
 from mmdiff.commands.options import (
+    TINY,
     Adapter,
     Device,
     DeviceMap,
@@ -31,7 +32,7 @@ _HELP = "/image PATH shows a picture with your next message, /reset starts anew,
 
 
 def chat(
-    model: Model,
+    model: Model = TINY,
     preset: Preset = None,
     gen_length: GenLength = None,
     steps: Steps = None,

@@ -19,7 +19,11 @@ def convert(
     dst: Annotated[Path, typer.Argument(help="New or empty folder; for a PyTorch file also NAME.safetensors.")],
     to: Annotated[
         str | None,
-        typer.Option(help="mmdiff, olmo, llama or llada-v; default: ours, and from ours where it came from."),
+        typer.Option(help="mmdiff or a published layout; default: ours, and from ours where it came from."),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="float32, bfloat16 or float16: change the precision, and keep the layout unless --to says."),
     ] = None,
     root: Annotated[
         str | None, typer.Option(help="Where in a PyTorch file the tensors are, such as model_ema.")
@@ -29,13 +33,16 @@ def convert(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Convert a checkpoint: same tensors, dtypes and bytes, other names. Nothing in it is run."""
+    """Convert a checkpoint: same tensors, dtypes and bytes, other names; or other dtypes. Nothing in it is run."""
     from mmdiff.io.convert import convert as run
+    from mmdiff.pipelines.base import dtype_of
 
     if adapter is not None:
+        if dtype is not None:
+            raise ConfigError("--adapter keeps the precision; convert the result with --dtype afterwards")
         _merge(src, dst, adapter, to=to, root=root, as_json=as_json)
         return
-    done = run(src, dst, to=to, root=root)
+    done = run(src, dst, to=to, root=root, dtype=dtype_of(dtype))
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(done)))
         return

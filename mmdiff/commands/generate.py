@@ -17,13 +17,13 @@ from mmdiff.commands.options import (
     GenLength,
     Guidance,
     Json,
-    Model,
     Preset,
     Quantize,
     Seed,
     Steps,
     Temperature,
     Threshold,
+    model_first,
     said,
     summary,
 )
@@ -33,8 +33,13 @@ __all__ = ["generate"]
 
 
 def generate(
-    model: Model,
-    prompts: Annotated[list[str], typer.Argument(help="Texts.")],
+    words: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[MODEL] PROMPT...",
+            help="Checkpoint (folder or hub id; a single word is a prompt, for the model in the package), then texts.",
+        ),
+    ],
     out: Annotated[Path | None, typer.Option(help="Draw pictures into this folder (or this .png for one).")] = None,
     preset: Preset = None,
     gen_length: GenLength = None,
@@ -53,8 +58,9 @@ def generate(
     """Continue texts; with --out draw a picture for each prompt instead (seeds count up from --seed)."""
     from mmdiff.pipelines import load
 
+    model, prompts = model_first(words, 1)
     pipeline = load(model, device=device, dtype=dtype, quantize=quantize, adapter=adapter, device_map=device_map)
-    words: dict[str, Any] = said(
+    options: dict[str, Any] = said(
         preset=preset, num_inference_steps=steps, temperature=temperature, guidance=guidance, threshold=threshold
     )
     start = time.perf_counter()
@@ -63,10 +69,10 @@ def generate(
         if gen_length is not None:
             raise ConfigError("--gen-length is for text; drop it, or drop --out")
         maker = pipeline.images
-        made = _draw(maker, prompts, out, seed, words)
+        made = _draw(maker, prompts, out, seed, options)
     else:
         maker = pipeline.text
-        made = maker.generate(prompts, **said(gen_length=gen_length), seeds=seed, **words)
+        made = maker.generate(prompts, **said(gen_length=gen_length), seeds=seed, **options)
     typer.echo(summary(maker.trace, len(made), time.perf_counter() - start), err=True)
     if as_json:
         key = "text" if out is None else "image"

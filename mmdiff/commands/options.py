@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 __all__ = [
+    "TINY",
     "Adapter",
     "Device",
     "DeviceMap",
@@ -21,11 +22,12 @@ __all__ = [
     "Steps",
     "Temperature",
     "Threshold",
+    "model_first",
     "said",
     "summary",
 ]
 
-Model = Annotated[str, typer.Argument(help="Checkpoint: folder or hub id.")]
+Model = Annotated[str, typer.Argument(help="Checkpoint: folder or hub id; default the model in the package.")]
 Device = Annotated[str | None, typer.Option(help="Where it runs; default a GPU if there is one.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default as stored.")]
 Quantize = Annotated[str | None, typer.Option(help="nf4 or int8: hold the backbone in 4 or 8 bits.")]
@@ -39,6 +41,25 @@ Threshold = Annotated[float | None, typer.Option(help="Decide tokens of at least
 Temperature = Annotated[float | None, typer.Option(min=0, help="0 = most probable; above, drawn at random.")]
 Guidance = Annotated[float | None, typer.Option(help="Weight of the prompt; 1 = none.")]
 Seed = Annotated[int, typer.Option(help="Seed of random draws.")]
+
+
+TINY = "tiny"
+"""The model that ships with the package."""
+
+
+def model_first(words: list[str], others: int) -> tuple[str, list[str]]:
+    """The model and the other words; with exactly as many words as there are others, the model is the embedded one.
+
+    Args:
+        words: What stands on the command line.
+        others: Fewest words that are no model.
+
+    Raises:
+        typer.BadParameter: Fewer.
+    """
+    if len(words) < others:
+        raise typer.BadParameter(f"{len(words)} given, at least {others} needed (and a model in front, or none)")
+    return (TINY, words) if len(words) == others else (words[0], words[1:])
 
 
 def said(**words: Any) -> dict[str, Any]:

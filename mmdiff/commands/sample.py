@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mmdiff.commands.options import Device, Dtype, Guidance, Json, Model, Preset, Steps, Temperature, said
+from mmdiff.commands.options import TINY, Device, Dtype, Guidance, Json, Model, Preset, Steps, Temperature, said
 from mmdiff.commands.workers import digest, local_device, rank_and_world, sigterm_as_interrupt
 from mmdiff.errors import EXIT_STOPPED, ConfigError, SampleError
 from mmdiff.io.atomic import replacing
@@ -60,9 +60,9 @@ class Plan:
 
 
 def sample(
-    model: Model,
     num: Annotated[int, typer.Option(min=1, help="Pictures in all.")],
     out: Annotated[Path, typer.Option(help="Folder; an interrupted run goes on there.")],
+    model: Model = TINY,
     labels: Annotated[str | None, typer.Option(help="Class numbers such as 0-9,17; default all classes.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="Text file, one prompt per line, instead of labels.")] = None,
     image_tokenizer: Annotated[

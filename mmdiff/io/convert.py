@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mmdiff.errors import CheckpointError, ConfigError
 from mmdiff.io import card, hub
 from mmdiff.io.atomic import MANIFEST, load_json, save_json, verify_manifest, write_manifest
@@ -61,7 +63,13 @@ class Conversion:
 
 
 def convert(
-    src: str | Path, dst: str | Path, *, to: str | None = None, root: str | None = None, max_shard_bytes: float = 5e9
+    src: str | Path,
+    dst: str | Path,
+    *,
+    to: str | None = None,
+    root: str | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: float = 5e9,
 ) -> Conversion:
     """Convert a checkpoint.
 
@@ -69,8 +77,9 @@ def convert(
         src: Folder in a published layout or ours, hub id, or a PyTorch pickle (``.pth .pt .ckpt .bin``).
         dst: New or empty folder; for a pickle also a file ending in ``.safetensors``.
         to: ``"mmdiff"`` or a name in `mmdiff.io.layouts.LAYOUTS`. Default: ours for a published folder, and for ours
-            the layout it once came from.
+            the layout it once came from; with ``dtype`` the layout it is in.
         root: For pickles: dotted path of the dictionary that holds the tensors.
+        dtype: Precision of floating weights, the image tokenizer's included; default as stored.
         max_shard_bytes: Larger weights are split into files of this size.
 
     Raises:
@@ -80,17 +89,20 @@ def convert(
     """
     path = hub.resolve(src)
     if path.is_file() and path.suffix.lower() in PICKLES and not _is_published(path, Path(dst), root):
+        if dtype is not None:
+            raise ConfigError(f"{path}: dtype is for checkpoints of a known network; this file is converted as it is")
         return _convert_pickle(path, Path(dst), root)
     if (path / MANIFEST).is_file():
         verify_manifest(path)
     identity = identify(path, root=root)
-    target = to or (_origin(path, identity.family) if identity.layout == OURS else OURS)
-    _check_target(identity, target)
+    target = to or (identity.layout if dtype else _other(path, identity))
+    _check_target(identity, target, same=dtype is not None)
     ours = open_checkpoint(identity)
+    ours = ours if dtype is None else ours.cast(dtype)
     out = _new_folder(Path(dst))
     tensors = ours if target == OURS else _published_names(ours, target, identity.config)
     files = write_sharded(out, tensors, max_shard_bytes=max_shard_bytes)
-    _copy_neighbours(path, out)
+    _copy_neighbours(path, out, dtype)
     _write_config(identity, target, path, out)
     write_manifest(out)
     return Conversion(
@@ -132,12 +144,17 @@ def _convert_pickle(path: Path, dst: Path, root: str | None) -> Conversion:
     )
 
 
-def _check_target(identity: Identity, target: str) -> None:
+def _other(path: Path, identity: Identity) -> str:
+    """Ours for a published folder, and for ours the one it came from."""
+    return _origin(path, identity.family) if identity.layout == OURS else OURS
+
+
+def _check_target(identity: Identity, target: str, *, same: bool) -> None:
     fitting = [name for name, layout in LAYOUTS.items() if layout.family == identity.family]
     if target != OURS and target not in fitting:
         known = ", ".join([OURS, *fitting])
         raise ConfigError(f"layout {target!r} is none of a {identity.family}; known: {known}")
-    if target == identity.layout:
+    if target == identity.layout and not same:
         raise ConfigError(f"{identity.path}: is in the layout {target!r} already")
 
 
@@ -168,7 +185,8 @@ def _published_names(ours: Tensors, layout: str, config: Any) -> Tensors:
 def _write_config(identity: Identity, target: str, path: Path, out: Path) -> None:
     aside = _aside(path) if identity.layout == OURS else _set_aside(identity)
     if target == OURS:
-        save_json(out / _ASIDE, aside)
+        if aside:
+            save_json(out / _ASIDE, aside)
         write_config(out, identity.config, licence=card.licence_of(path))
         return
     layout = LAYOUTS[target]
@@ -203,13 +221,16 @@ def _without_hostile(src: Path, dst: Path) -> None:
     save_json(dst, _harmless(tree))
 
 
-def _copy_neighbours(src: Path, out: Path) -> None:
+def _copy_neighbours(src: Path, out: Path, dtype: torch.dtype | None = None) -> None:
+    images = src / "image_tokenizer"
+    if dtype is not None and images.is_dir():
+        convert(images, out / "image_tokenizer", dtype=dtype)
     try:
         for name in _COPIED:
             if (src / name).is_file():
                 shutil.copyfile(src / name, out / name)
-        if (src / "image_tokenizer").is_dir():
-            shutil.copytree(src / "image_tokenizer", out / "image_tokenizer")
+        if dtype is None and images.is_dir():
+            shutil.copytree(images, out / "image_tokenizer")
     except OSError as error:
         raise CheckpointError(f"{error.filename or out}: could not be copied ({error.strerror})") from error
 

@@ -11,14 +11,18 @@ import os
 import re
 from pathlib import Path
 
+import mmdiff
 from mmdiff.errors import CheckpointError
 
-__all__ = ["FILES", "push", "resolve"]
+__all__ = ["EMBEDDED", "FILES", "is_embedded", "push", "resolve"]
 
 logger = logging.getLogger(__name__)
 
 FILES = ["*.safetensors", "*.json", "README.md", "LICENSE*"]
 """What is fetched and uploaded."""
+
+EMBEDDED = Path(mmdiff.__file__).parent / "embedded" / "tiny"
+"""The small model that ships with the package; its bytes are checked against its manifest when it is loaded."""
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -27,7 +31,7 @@ def resolve(path_or_id: str | Path, revision: str | None = None, *, weights: boo
     """Where a checkpoint lies on this machine; a hub id is downloaded first.
 
     Args:
-        path_or_id: An existing path, which always wins, or ``owner/name`` on the hub.
+        path_or_id: An existing path, which always wins, ``"tiny"``, or ``owner/name`` on the hub.
         revision: Branch, tag or commit on the hub.
         weights: False fetches what says how the network looks, and the tokenizer, only.
 
@@ -38,11 +42,10 @@ def resolve(path_or_id: str | Path, revision: str | None = None, *, weights: boo
     if path.exists():
         return path
     text = str(path_or_id)
-    if text == "tiny":
-        raise CheckpointError(
-            "tiny: the name is reserved for a model inside the package, and this version ships none; "
-            "`mmdiff demo` trains one, at runs/demo/model/model"
-        )
+    if text == EMBEDDED.name:
+        if not EMBEDDED.is_dir():
+            raise CheckpointError(f"tiny: the model that ships with the package is missing at {EMBEDDED}; reinstall it")
+        return EMBEDDED
     if isinstance(path_or_id, Path) or not _ID.fullmatch(text):
         raise CheckpointError(f"{text}: no such file or folder, and not an id on the hub (owner/name)")
     from huggingface_hub import snapshot_download
@@ -53,6 +56,11 @@ def resolve(path_or_id: str | Path, revision: str | None = None, *, weights: boo
         raise CheckpointError(_complaint(text, revision, error)) from error
     logger.info("%s is at %s", text, found)
     return found
+
+
+def is_embedded(path: Path) -> bool:
+    """Whether a path is that of the model that ships with the package."""
+    return path == EMBEDDED
 
 
 def push(folder: str | Path, repo_id: str, *, private: bool = True) -> str:

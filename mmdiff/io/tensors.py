@@ -6,7 +6,7 @@ One file, or a folder with one, or a folder with an index and shards.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +95,18 @@ class Tensors(Mapping[str, Tensor]):
         """The tensors ``names`` maps (old name -> new name), under their new names; the others are left out."""
         old = {new: name for name, new in names.items()}
         return Tensors({new: self.info[name] for new, name in old.items()}, lambda new: self[old[new]])
+
+    def cast(self, dtype: torch.dtype) -> Tensors:
+        """The tensors with floating values in ``dtype``; others as they are."""
+
+        def entry(info: TensorInfo) -> TensorInfo:
+            return replace(info, dtype=dtype) if info.dtype.is_floating_point else info
+
+        return Tensors({n: entry(i) for n, i in self.info.items()}, lambda n: _cast(self[n], dtype))
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
 def open_folder(folder: Path) -> Tensors:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from mmdiff.pipelines.vision import VisionLanguage
     from mmdiff.sampling import Trace
 
-__all__ = ["Checkpoint", "Pipeline", "load", "read_tokenizer"]
+__all__ = ["Checkpoint", "Pipeline", "dtype_of", "load", "read_tokenizer"]
 
 P = TypeVar("P", bound="Pipeline")
 
@@ -224,7 +224,8 @@ def load(
     """Load a checkpoint.
 
     Args:
-        path_or_id: Folder in our layout or a published one, a weight file beside its config.json, or a hub id.
+        path_or_id: Folder in our layout or a published one, a weight file beside its config.json, a hub id, or
+            ``"tiny"``: the small model that ships with the package, unless there is such a path.
         device: Where it goes; default a GPU if there is one, else the CPU.
         dtype: Precision of the weights, such as ``torch.bfloat16`` or ``"bfloat16"``; default as stored.
         quantize: ``"nf4"`` (4 bits, bitsandbytes) or ``"int8"`` (torchao) for the backbone's blocks.
@@ -238,21 +239,25 @@ def load(
         ConfigError: Words that contradict each other.
         MissingExtraError: A library is not installed; the message says how to.
     """
+    from mmdiff.io.hub import is_embedded
     from mmdiff.io.variants import load_variant
     from mmdiff.models.registry import load_model, resolve
 
     path = resolve(path_or_id)
     folder = path if path.is_dir() else path.parent
+    # The embedded model is stored in bfloat16 to be small, and computes in float32.
+    stored = torch.float32 if is_embedded(path) else None
+    precision = dtype_of(dtype) or stored
     if device is None and device_map is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_variant(
-        path, device=device, dtype=_dtype(dtype), quantize=quantize, adapter=adapter, device_map=device_map
+        path, device=device, dtype=precision, quantize=quantize, adapter=adapter, device_map=device_map
     )
     tokens, place = _image_tokenizer(folder, image_tokenizer), getattr(model, "main_device", device)
     checkpoint = Checkpoint(
         model=model.eval(),
         tokenizer=read_tokenizer(folder, model.config),
-        image_tokenizer=None if tokens is None else load_model(tokens, device=place).eval(),
+        image_tokenizer=None if tokens is None else load_model(tokens, device=place, dtype=stored).eval(),
         classes=tuple(_read_json(folder / "classes.json", list)),
         defaults=_defaults(_read_json(folder / _GENERATION_FILE, dict)),
     )
@@ -282,7 +287,12 @@ def read_tokenizer(folder: Path, config: Any) -> Tokenizer | None:
     return Tokenizer.from_pretrained(folder, known=known)
 
 
-def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+def dtype_of(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A dtype by its name.
+
+    Raises:
+        ConfigError: An unknown name.
+    """
     if not isinstance(dtype, str):
         return dtype
     found = getattr(torch, dtype.removeprefix("torch."), None)

@@ -92,9 +92,9 @@ def test_upload_needs_a_card_and_sends_no_other_files(monkeypatch, tmp_path):
     assert sent["upload"]["allow_patterns"] == hub.FILES
 
 
-def test_the_reserved_name_says_how_to_get_such_a_model(tmp_path, monkeypatch):
+def test_an_existing_path_wins_over_the_name_of_the_embedded_model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(CheckpointError, match="mmdiff demo"):
-        hub.resolve("tiny")
+    assert hub.resolve("tiny") == hub.EMBEDDED
+    assert hub.is_embedded(hub.resolve("tiny"))
     (tmp_path / "tiny").mkdir()
-    assert hub.resolve("tiny").is_dir(), "an existing path wins over the name"
+    assert not hub.is_embedded(hub.resolve("tiny"))

@@ -127,7 +127,8 @@ def _images(a: str, num: int | None, seed: int, batch: int, device: str | None, 
     from mmdiff.commands.sample import sample
 
     with contextlib.redirect_stdout(sys.stderr):
-        sample(a.removeprefix("model:"), num=num, out=out / "images", seed0=seed, batch=batch, device=device)
+        name = a.removeprefix("model:")
+        sample(num=num, out=out / "images", model=name, seed0=seed, batch=batch, device=device)
     return str(out / "images")
 
 
