@@ -141,11 +141,11 @@ def test_an_image_tokenizer_of_another_codebook_is_refused(model):
     import dataclasses
     from types import SimpleNamespace
 
-    from mmdiff.pipelines.scripts import PictureCodes
+    from mmdiff.pipelines.scripts import script_of
 
     strange = dataclasses.replace(model.checkpoint, image_tokenizer=SimpleNamespace(codebook=8))
     with pytest.raises(CheckpointError, match="is not the one"):
-        PictureCodes(strange)
+        script_of(strange)
 
 
 def test_conversion_keeps_every_key_and_what_it_can_do(folder, model, tmp_path):

@@ -15,7 +15,7 @@ from mmdiff.images.decoding import (
     to_uint8,
 )
 from mmdiff.images.sheets import encode_png, grid
-from mmdiff.images.tiles import Crops, Tiling, cut, film, sample_frames
+from mmdiff.images.tiles import Crops, Tiling, crop_sizes, cut, film, sample_frames, to_shape
 from mmdiff.images.views import Flat, Frames, Tiles, View
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "Tiles",
     "Tiling",
     "View",
+    "crop_sizes",
     "cut",
     "decode",
     "encode_png",
@@ -37,5 +38,6 @@ __all__ = [
     "redact",
     "sample_frames",
     "to_pixels",
+    "to_shape",
     "to_uint8",
 ]

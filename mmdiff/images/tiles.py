@@ -21,7 +21,7 @@ from mmdiff.errors import ConfigError
 from mmdiff.images.decoding import DEFAULT_LIMITS, ImageInput, open_image, to_pixels
 from mmdiff.images.views import Flat, Frames, Newlines, Tiles, View
 
-__all__ = ["Crops", "Size", "Tiling", "best_canvas", "cut", "film", "sample_frames"]
+__all__ = ["Crops", "Size", "Tiling", "best_canvas", "crop_sizes", "cut", "film", "sample_frames", "to_shape"]
 
 Size = tuple[int, int]
 """Width and height in pixels."""
@@ -117,6 +117,43 @@ def cut(
         opened = [_padded(p) for p in opened]
     newline = tiling.newlines and compat != "reference"
     return [Crops(to_pixels(p, size)[None], Flat(newline=newline)) for p in opened]
+
+
+def crop_sizes(patches: int, patch: int, max_ratio: float = 4.0) -> list[Size]:
+    """Sizes of at most so many patches, from wide to high, that pictures of any shape are cut to.
+
+    Args:
+        patches: Most patches of a picture.
+        patch: Side of a patch in pixels.
+        max_ratio: Largest ratio of the longer to the shorter side.
+
+    >>> crop_sizes(4, 16)
+    [(64, 16), (32, 16), (32, 32), (16, 32), (16, 64)]
+
+    Source: Lumina-DiMOO (arXiv 2510.06308), published data code.
+    """
+    out, wide, high = [], patches, 1
+    while wide:
+        if max(wide, high) <= max_ratio * min(wide, high):
+            out.append((wide * patch, high * patch))
+        if (high + 1) * wide <= patches:
+            high += 1
+        else:
+            wide -= 1
+    return out
+
+
+def to_shape(image: ImageInput, sizes: Sequence[Size]) -> Float[Tensor, "3 H W"]:
+    """A picture at the size whose shape is most like its own: scaled to cover it, and cut around the centre."""
+    rgb = image if isinstance(image, Image.Image) and image.mode == "RGB" else open_image(image)
+    width, height = max(
+        sizes, key=lambda s: min(s[0] / s[1] / (rgb.width / rgb.height), rgb.width / rgb.height / (s[0] / s[1]))
+    )
+    scale = max(width / rgb.width, height / rgb.height)
+    grown = (max(width, round(rgb.width * scale)), max(height, round(rgb.height * scale)))
+    left, top = (grown[0] - width) // 2, (grown[1] - height) // 2
+    cut_out = rgb.resize(grown, Image.Resampling.BICUBIC).crop((left, top, left + width, top + height))
+    return torch.from_numpy(np.array(cut_out)).permute(2, 0, 1).float() / 127.5 - 1
 
 
 def film(frames: Sequence[ImageInput], size: int, tiling: Tiling) -> Crops:

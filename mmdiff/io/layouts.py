@@ -168,6 +168,14 @@ LAYOUTS: dict[str, Published] = {
         write=published_vision.write_llada_v,
         unused=lambda config: _unused_llama(config.language),
     ),
+    "lumina": Published(
+        family="lumina",
+        keys=_IN_VOCABULARY,
+        detect=published_unified.is_lumina,
+        read=published_unified.read_lumina,
+        write=published_unified.write_lumina,
+        unused=lambda config: _unused_olmo(config.language),
+    ),
     "olmo": Published(
         family="llada",
         keys=_OLMO,
@@ -257,6 +265,14 @@ LAYOUTS: dict[str, Published] = {
         detect=published_images.is_magvit,
         read=published_images.read_magvit,
         write=published_images.write_magvit,
+        unused=lambda config: (),
+    ),
+    "amused-vq": Published(
+        family="amused_vq",
+        keys=_INNER,
+        detect=published_images.is_amused,
+        read=published_images.read_amused,
+        write=published_images.write_amused,
         unused=lambda config: (),
     ),
     "siglip": Published(

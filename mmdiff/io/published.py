@@ -221,7 +221,7 @@ def _is_illada(tree: Tree) -> bool:
 
 def is_llada(tree: Tree) -> bool:
     """Whether a config.json is that of a text backbone."""
-    if is_llada_v(tree):
+    if is_llada_v(tree) or tree.get("model_type") == "lumina_dimoo":
         return False
     return tree.get("model_type") in ("llada", "illada") or "LLaDAModelLM" in _architectures(tree) or _is_illada(tree)
 

@@ -14,9 +14,10 @@ from typing import Any
 
 from mmdiff import config as configs
 from mmdiff.errors import CheckpointError
-from mmdiff.models import emigm, magvit, maskgit, vae, vqgan
+from mmdiff.models import amused, emigm, magvit, maskgit, vae, vqgan
 
 __all__ = [
+    "is_amused",
     "is_dc_ae",
     "is_emigm",
     "is_kl",
@@ -25,6 +26,7 @@ __all__ = [
     "is_maskgit_v1",
     "is_maskgit_v2",
     "is_taming",
+    "read_amused",
     "read_dc_ae",
     "read_emigm",
     "read_kl",
@@ -32,6 +34,7 @@ __all__ = [
     "read_maskgit_v1",
     "read_maskgit_v2",
     "read_vqgan",
+    "write_amused",
     "write_dc_ae",
     "write_emigm",
     "write_kl",
@@ -252,6 +255,50 @@ def write_magvit(config: magvit.Config) -> dict[str, Any]:
 
     sides = {"encoder": side(config.encoder), "decoder": side(config.decoder)}
     return {"_class_name": "MAGVITv2", **sides, "resolution": config.image_size}
+
+
+_AMUSED_FIELDS = {
+    "widths": "block_out_channels",
+    "layers": "layers_per_block",
+    "channels": "latent_channels",
+    "codebook": "num_vq_embeddings",
+    "groups": "norm_num_groups",
+}
+
+
+def is_amused(tree: Tree) -> bool:
+    """Whether this is diffusers' configuration of aMUSEd's tokenizer."""
+    return tree.get("_class_name") == "VQModel"
+
+
+def read_amused(tree: Tree, special: Mapping[str, int]) -> amused.Config:
+    """Configuration from diffusers' config.json; arguments and errors as in `read_emigm`.
+
+    Raises:
+        CheckpointError: Another kind of ``VQModel``.
+    """
+    for name, wanted in (("mid_block_add_attention", False), ("lookup_from_codebook", True), ("act_fn", "silu")):
+        if tree.get(name, wanted) != wanted:
+            raise CheckpointError(f"config.json has {name} = {tree[name]!r}; only {wanted!r} is supported")
+    return configs.parse(
+        amused.Config, {ours: _need(tree, theirs) for ours, theirs in _AMUSED_FIELDS.items()}, "config.json"
+    )
+
+
+def write_amused(config: amused.Config) -> dict[str, Any]:
+    """Diffusers' config.json."""
+    values, levels = configs.to_dict(config), len(config.widths)
+    return {
+        "_class_name": "VQModel",
+        "in_channels": 3,
+        "out_channels": 3,
+        "act_fn": "silu",
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "mid_block_add_attention": False,
+        "lookup_from_codebook": True,
+        **{theirs: values[ours] for ours, theirs in _AMUSED_FIELDS.items()},
+    }
 
 
 _DC_FIELDS = {

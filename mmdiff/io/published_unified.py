@@ -3,7 +3,7 @@
 Where image codes begin is known per family: it is the length of the tokenizer, which neither the number of rows nor
 config.json tells. A file of other sizes says it in fields of its own (``code_offset``, ``reserved_token_mapping``).
 
-Source: the checkpoints' config.json and published training code of MMaDA (arXiv 2505.15809).
+Source: the checkpoints' config.json and published code of MMaDA (arXiv 2505.15809) and Lumina-DiMOO (arXiv 2510.06308).
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from mmdiff import config as configs
 from mmdiff.errors import CheckpointError
 from mmdiff.io import published
 from mmdiff.io.fields import Tree, build
-from mmdiff.models import mmada
+from mmdiff.models import lumina, mmada
+from mmdiff.text.lumina import SpecialIds as LuminaIds
 from mmdiff.text.mmada import SpecialIds
 
-__all__ = ["is_mmada", "read_mmada", "write_mmada"]
+__all__ = ["is_lumina", "is_mmada", "read_lumina", "read_mmada", "write_lumina", "write_mmada"]
 
 _SPELLINGS = {
     "bos": "<|startoftext|>",
@@ -92,3 +93,43 @@ def write_mmada(config: mmada.Config) -> dict[str, Any]:
         "new_vocab_size": vocab,
         **extra,
     }
+
+
+def is_lumina(tree: Tree) -> bool:
+    """Whether a config.json is that of a Lumina-DiMOO, whose published one says it is a LLaDA of so many rows.
+
+    A fine-tuned LLaDA with exactly these rows cannot be told from it.
+    """
+    if tree.get("model_type") == "lumina_dimoo":
+        return True
+    rows = tree.get("embedding_size") or tree.get("vocab_size")
+    return tree.get("model_type") == "llada" and rows == lumina.Config().language.vocab_size
+
+
+def read_lumina(tree: Tree, special: Mapping[str, int]) -> lumina.Config:
+    """Configuration of a Lumina-DiMOO; arguments and errors as in `read_mmada`."""
+    default = lumina.Config()
+    ids = tree.get("special_ids")
+    return build(
+        lumina.Config,
+        language=configs.to_dict(published.read_olmo(tree, special)),
+        code_offset=tree.get("code_offset", default.code_offset),
+        codebook=tree.get("codebook_size", default.codebook),
+        grid=tree.get("image_grid", default.grid),
+        special=dict(ids) if isinstance(ids, Mapping) else {},
+    )
+
+
+def write_lumina(config: lumina.Config) -> dict[str, Any]:
+    """Fields of a config.json of a Lumina-DiMOO; those that the published one lacks only where they differ from it."""
+    default = lumina.Config()
+    extra: dict[str, Any] = {}
+    for ours, theirs in (("code_offset", "code_offset"), ("codebook", "codebook_size"), ("grid", "image_grid")):
+        if getattr(config, ours) != getattr(default, ours):
+            extra[theirs] = getattr(config, ours)
+    if config.special != LuminaIds():
+        extra["special_ids"] = configs.to_dict(config.special)
+    tree = published.write_olmo(config.language)
+    if config.language.vocab_size != default.language.vocab_size:
+        extra["model_type"] = "lumina_dimoo"
+    return {**tree, **extra}

@@ -65,13 +65,13 @@ class MMaDA(PretrainedModule):
     """The backbone, and which of its rows are text and which are image codes.
 
     Args:
-        config: Shape and ids.
+        config: Shape and ids: a `Config`, or one of another family with the same fields.
         generator: Draws the initial weights; None leaves PyTorch's allocation.
     """
 
     config: Config
 
-    def __init__(self, config: Config, *, generator: torch.Generator | None = None) -> None:
+    def __init__(self, config: Any, *, generator: torch.Generator | None = None) -> None:
         super().__init__()
         self.config = config
         self.language = LLaDA(config.language, generator=generator)

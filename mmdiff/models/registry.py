@@ -17,10 +17,12 @@ from torch import nn
 from mmdiff.config import Field
 from mmdiff.errors import ConfigError
 from mmdiff.models import (
+    amused,
     dit,
     emigm,
     llada,
     llada_v,
+    lumina,
     magvit,
     masked_mmdit,
     maskgit,
@@ -104,6 +106,11 @@ FAMILIES: dict[str, Family] = {
         module=mmada.MMaDA,
         summary="masked-diffusion model over text and image codes in one vocabulary (MMaDA, arXiv 2505.15809)",
     ),
+    "lumina": Family(
+        config=lumina.Config,
+        module=lumina.Lumina,
+        summary="masked-diffusion model over text and image codes in one vocabulary (Lumina-DiMOO, arXiv 2510.06308)",
+    ),
     "vq": Family(
         config=vq.Config,
         module=vq.VQ,
@@ -130,6 +137,9 @@ FAMILIES: dict[str, Family] = {
     ),
     "magvit": Family(
         config=magvit.Config, module=magvit.MAGVIT, summary="discrete image tokenizer (MAGVIT-v2, arXiv 2310.05737)"
+    ),
+    "amused_vq": Family(
+        config=amused.Config, module=amused.AmusedVQ, summary="discrete image tokenizer (aMUSEd, arXiv 2401.01808)"
     ),
     "siglip": Family(
         config=vision.Config, module=vision.SiglipTower, summary="vision tower (SigLIP 2, arXiv 2502.14786)"
@@ -158,6 +168,7 @@ ModelConfig = Annotated[
     | llada_v.Config
     | unified.Config
     | mmada.Config
+    | lumina.Config
     | vq.Config
     | emigm.Config
     | maskgit.Config
@@ -165,6 +176,7 @@ ModelConfig = Annotated[
     | vae.DCConfig
     | vqgan.Config
     | magvit.Config
+    | amused.Config
     | vision.Config
     | scorer.Config
     | dit.Config

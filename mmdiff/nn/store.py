@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["FeatureStore", "Store", "take"]
+__all__ = ["FeatureStore", "LogitStore", "Store", "take"]
 
 
 class Store:
@@ -199,6 +199,46 @@ class FeatureStore(Store):
             stored.copy_(fresh.view_as(stored))
         self.updated[layer] = index
         return index
+
+
+class LogitStore(Store):
+    """Also the logits of every slot, and which slots are to be computed again: those of the smallest largest logit.
+
+    Args:
+        layers: Number of attention layers.
+        valid: Bool [B, T]; real slots.
+        share: Share of the real slots that `least` gives.
+
+    Source: Lumina-DiMOO (arXiv 2510.06308), published max-logit cache.
+    """
+
+    def __init__(self, layers: int, valid: Bool[Tensor, "B T"], share: float) -> None:
+        super().__init__(layers, *valid.shape)
+        self._share = share
+        self._valid: list[Tensor | None] = [valid]
+        self._logits: list[Tensor | None] = [None]
+
+    def keep(self, rows: Int[Tensor, "b"]) -> None:
+        """Drop all other rows."""
+        super().keep(rows)
+        for held in (self._valid, self._logits):
+            held[:] = [None if x is None else x[rows] for x in held]
+
+    def remember(self, index: Int[Tensor, "B q"] | None, logits: Float[Tensor, "B q V"]) -> Float[Tensor, "B T V"]:
+        """Store the logits of the slots ``index`` (None = all T); returns those of all slots."""
+        return self._put(self._logits, 0, index, logits)
+
+    def least(self) -> Int[Tensor, "B q"]:
+        """The slots to compute again, as many columns in each row: short rows repeat their first."""
+        logits, valid, rows = self._logits[0], self._valid[0], self._rows
+        assert logits is not None
+        assert valid is not None
+        if rows is not None:
+            logits, valid = logits[rows], valid[rows]
+        largest = logits.amax(-1).float().masked_fill(~valid, torch.nan)
+        chosen = largest <= largest.nanquantile(self._share, dim=1, keepdim=True)
+        index = chosen.byte().argsort(dim=1, descending=True, stable=True)[:, : int(chosen.sum(1).max())]
+        return torch.where(chosen.gather(1, index), index, index[:, :1])
 
 
 def take(x: Shaped[Tensor, "#B L *D"], index: Int[Tensor, "B q"]) -> Shaped[Tensor, "B q *D"]:

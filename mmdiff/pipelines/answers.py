@@ -77,7 +77,7 @@ class Answers:
         self.options = options
         self.prompter = Prompter(self.checkpoint, options.get("compat"))
         self.tokenizer = self.prompter.tokenizer
-        self.end_ids = (self.tokenizer.eos_id, self.tokenizer.eot_id)  # the filler first
+        self.end_ids = self.prompter.end_ids
         self.backbone = TextBackbone(self.checkpoint.model)
 
     def parts(self, gen_length: int) -> Parts:

@@ -96,9 +96,12 @@ class ImageGenerator(Pipeline):
     ) -> Image.Image | list[Image.Image]:
         """Redraw a part of an image (inpainting); pixels outside the part are kept as they are.
 
+        Without a mask the text is an instruction about the image, for networks that follow such (Lumina-DiMOO): all of
+        it is drawn anew, with the image in sight.
+
         Args:
             image: Picture, or a list of them; squeezed to the model's square size.
-            mask: PIL image, array or tensor [H, W], True or bright = redraw; one, or one per image.
+            mask: PIL image, array or tensor [H, W], True or bright = redraw; one, or one per image. None: see above.
             prompt_or_label: Text or class number; one, or one per image.
             seed: One, or one per image.
             **words: Options, as when calling.
@@ -107,12 +110,15 @@ class ImageGenerator(Pipeline):
             The image, or a list of images.
 
         Raises:
-            ConfigError: A mask that marks nothing, or options that contradict each other.
+            ConfigError: A mask that marks nothing, none for a network that needs one, or options that contradict each
+                other.
         """
+        if mask is None and not self.checkpoint.layout.reads_codes:
+            raise ConfigError("give a mask of the part to draw again: this network follows no instructions")
         items, many = zip_batches(image=image, mask=mask, prompt=prompt_or_label, seed=seed)
         size, grid = self.painter.size, self.painter.grid
         pixels = torch.stack([to_pixels(i, size) for i, *_ in items])
-        redraw = torch.stack([_mask(m, size) for _, m, *_ in items])
+        redraw = torch.stack([torch.ones(size, size).bool() if m is None else _mask(m, size) for _, m, *_ in items])
         cells = redraw.view(-1, grid, size // grid, grid, size // grid).any(dim=4).any(dim=2).flatten(1)
         known = self.painter.encode(pixels.to(self.checkpoint.device))
         subjects = [self._subject(t) for _, _, t, _ in items]

@@ -79,9 +79,11 @@ def painter_of(checkpoint: Checkpoint) -> Painter:
         CheckpointError: Network and image tokenizer do not belong together.
     """
     family = getattr(checkpoint.model.config, "type", "")
-    from mmdiff.pipelines.scripts import MMaDAPainter
+    if checkpoint.layout.reads_codes:
+        from mmdiff.pipelines.scripts import ScriptPainter
 
-    kinds: dict[str, Any] = {"emigm": LatentPainter, "maskgit": ClassPainter, "mmada": MMaDAPainter}
+        return ScriptPainter(checkpoint)
+    kinds: dict[str, Any] = {"emigm": LatentPainter, "maskgit": ClassPainter}
     return kinds.get(family, PromptPainter)(checkpoint)
 
 

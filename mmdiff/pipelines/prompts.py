@@ -79,11 +79,13 @@ class Prompter:
         config: Any = getattr(checkpoint.model, "config", None)
         self._tiling, self._system = getattr(config, "tiling", None), getattr(config, "system", "")
         self._size, self._features = checkpoint.layout.image_size, checkpoint.layout.features
-        self._codes: Any = None
+        self._script: Any = None
+        self.end_ids: tuple[int, ...] = (self.tokenizer.eos_id, self.tokenizer.eot_id)  # the filler first
         if checkpoint.layout.reads_codes:
-            from mmdiff.pipelines.scripts import PictureCodes
+            from mmdiff.pipelines.scripts import script_of
 
-            self._codes = PictureCodes(checkpoint)
+            self._script = script_of(checkpoint)
+            self.end_ids = self._script.end_ids
 
     def conversation(self, messages: Sequence[Message], answer: str | None = None) -> Prompt:
         """The prompt of a conversation.
@@ -99,20 +101,15 @@ class Prompter:
         """
         shown: list[ImageInput | Video] = []
         plain = [{"role": m.get("role"), "content": self._without_pictures(m.get("content"), shown)} for m in messages]
-        if self._codes is not None:
-            return self._behind_codes(plain, shown, answer)
+        if self._script is not None:
+            texts = [{**m, "content": _texts(m["content"])} for m in plain]
+            ids, tail = self._script.conversation(texts, shown, answer)
+            return Prompt(ids, [], tail)
         images = self._crops(shown)
         side = math.isqrt(self._features)
         slots = [c.view.tokens(side) for c in images]
         chat = self.tokenizer.chat(plain, slots, answer, system=self._system, compat=self.compat)
         return Prompt(chat.ids[: chat.answer_start], images, chat.ids[chat.answer_start :])
-
-    def _behind_codes(self, messages: list[dict[str, Any]], shown: Sequence[Any], answer: str | None) -> Prompt:
-        """The conversation behind its pictures as codes, whatever place they had in it."""
-        texts = [{**m, "content": _texts(m["content"])} for m in messages]
-        chat = self.tokenizer.chat(texts, (), answer, system=self._system)
-        front = self._codes.front(shown) if shown else []
-        return Prompt([*front, *chat.ids[: chat.answer_start]], [], chat.ids[chat.answer_start :])
 
     def _without_pictures(self, content: Any, shown: list[ImageInput | Video]) -> Any:
         """The content with bare image parts; the pictures are added to ``shown``."""

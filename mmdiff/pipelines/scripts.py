@@ -1,32 +1,35 @@
 """Networks whose image codes are ids of the text vocabulary: how they are shown pictures, and how they draw.
 
-Source: MMaDA (arXiv 2505.15809), published inference.
+A script is what one family's sequences look like; the painter and the prompts are the same for all.
+
+Source: MMaDA (arXiv 2505.15809) and Lumina-DiMOO (arXiv 2510.06308), published inference.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mmdiff.errors import CheckpointError
-from mmdiff.images import to_pixels
+from mmdiff.errors import CheckpointError, ConfigError
+from mmdiff.images import crop_sizes, to_pixels, to_shape
 from mmdiff.pipelines.base import Checkpoint
 from mmdiff.pipelines.painters import slots_of, words_of
-from mmdiff.pipelines.prompts import tokenizer_of
 from mmdiff.sampling import Canvas, CodeBackbone, Decoded, layout
-from mmdiff.sampling.vocabulary_presets import vocabulary_parts
-from mmdiff.text import Tokenizer
-from mmdiff.text.mmada import Scripts
+from mmdiff.sampling.vocabulary_presets import lumina_parts, mmada_parts
+from mmdiff.text import Tokenizer, lumina, mmada
 
-__all__ = ["MMaDAPainter", "PictureCodes"]
+__all__ = ["LuminaScript", "MMaDAScript", "Script", "ScriptPainter", "script_of"]
+
+_PATCH = 2
+"""Image tokens per side of the patches that Lumina's sizes are counted in."""
 
 
-class PictureCodes:
-    """Pictures as ids of the vocabulary.
+class Script:
+    """Sequences of one checkpoint. Pictures are ids of the vocabulary.
 
     Args:
         checkpoint: Network, tokenizer and image tokenizer.
@@ -36,11 +39,19 @@ class PictureCodes:
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        self.checkpoint, self.shape = checkpoint, checkpoint.layout
+        from mmdiff.pipelines.prompts import tokenizer_of
+
         config: Any = checkpoint.model.config
-        self.config, self.scripts = config, Scripts(config.special, config.text_length)
-        self.tokenizer: Tokenizer = _fitting(tokenizer_of(checkpoint), self.shape.code_offset)
-        images, codebook = checkpoint.image_tokenizer, self.shape.codebook
+        self.checkpoint, self.config = checkpoint, config
+        self.offset: int = checkpoint.layout.code_offset
+        self.grid: int = config.grid
+        self.tokenizer: Tokenizer = tokenizer_of(checkpoint)
+        if self.tokenizer.vocab_size != self.offset:
+            raise CheckpointError(
+                f"the tokenizer has {self.tokenizer.vocab_size:,} ids, and image codes begin at id {self.offset:,}: it "
+                "is not the one the network was trained with"
+            )
+        images, codebook = checkpoint.image_tokenizer, config.codebook
         if images is not None and images.codebook != codebook:
             raise CheckpointError(
                 f"the network knows {codebook:,} image codes, the image tokenizer makes {images.codebook:,}: it is not "
@@ -48,33 +59,12 @@ class PictureCodes:
             )
 
     @property
-    def grid(self) -> int:
-        """Tokens per side."""
-        return int(self.config.grid)
+    def images(self) -> Any:
+        """The image tokenizer.
 
-    @property
-    def size(self) -> int:
-        """Pixels per side."""
-        return self.grid * int(self._images.config.factor)
-
-    @torch.no_grad()
-    def encode(self, pixels: Float[Tensor, "B 3 S S"]) -> Int[Tensor, "B N"]:
-        """Codes of images, without the offset."""
-        return self._images.encode(pixels).flatten(1)
-
-    def decode(self, codes: Int[Tensor, "B h w"]) -> Float[Tensor, "B 3 S S"]:
-        """Images of codes."""
-        return self._images.decode(codes)
-
-    def front(self, pictures: Sequence[Any]) -> list[int]:
-        """What stands before a conversation about pictures; of each the largest centred square is read."""
-        pixels = torch.stack([to_pixels(p, self.size, "crop") for p in pictures])
-        weight = next(self._images.parameters())
-        codes = self.encode(pixels.to(weight)) + self.shape.code_offset
-        return self.scripts.picture(codes.tolist())
-
-    @property
-    def _images(self) -> Any:
+        Raises:
+            CheckpointError: There is none.
+        """
         if self.checkpoint.image_tokenizer is None:
             raise CheckpointError(
                 "this network reads and draws pictures as codes, and the checkpoint has no image tokenizer: give "
@@ -82,9 +72,170 @@ class PictureCodes:
             )
         return self.checkpoint.image_tokenizer
 
+    @property
+    def size(self) -> int:
+        """Side in pixels of the pictures that are drawn."""
+        return self.grid * int(self.images.config.factor)
 
-class MMaDAPainter:
-    """Codes of a network whose vocabulary holds them, drawn from a text.
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Ids that end an answer, the filler first."""
+        return (self.tokenizer.eos_id, self.tokenizer.eot_id)
+
+    @torch.no_grad()
+    def encode(self, pixels: Float[Tensor, "B 3 H W"]) -> Int[Tensor, "B h w"]:
+        """Codes of images, without the offset."""
+        weight = next(self.images.parameters())
+        return self.images.encode(pixels.to(weight))
+
+    def conversation(
+        self, messages: Sequence[Mapping[str, Any]], shown: Sequence[Any], answer: str | None
+    ) -> tuple[list[int], list[int]]:
+        """Ids of a conversation about pictures up to the answer, and those of a given answer."""
+        raise NotImplementedError
+
+    def drawing(self, text: str | None) -> list[int]:
+        """Ids before the codes of a picture that is to be drawn; None: the prompt that guidance puts in its place."""
+        raise NotImplementedError
+
+    def editing(self, text: str | None, codes: Sequence[int]) -> list[int]:
+        """The same for a picture that follows an instruction about another one.
+
+        Raises:
+            ConfigError: The network has not learnt that.
+        """
+        raise ConfigError(
+            "this network draws from texts alone: give a mask of the part to draw again, or take a model that edits"
+        )
+
+    def slots(self, codes: Sequence[int | None]) -> list[int | None]:
+        """What follows: the codes, None where one is drawn, and what stands between and behind them."""
+        raise NotImplementedError
+
+    @property
+    def cells(self) -> Any:
+        """Which of the slots are codes."""
+        raise NotImplementedError
+
+    @property
+    def pad_id(self) -> int:
+        """Id at slots that nobody attends."""
+        return self.tokenizer.pad_id
+
+
+class MMaDAScript(Script):
+    """MMaDA: pictures in front of the conversation, prompts of a task token and a text."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        super().__init__(checkpoint)
+        self.scripts = mmada.Scripts(self.config.special, self.config.text_length)
+
+    def conversation(
+        self, messages: Sequence[Mapping[str, Any]], shown: Sequence[Any], answer: str | None
+    ) -> tuple[list[int], list[int]]:
+        """Of each picture the largest centred square is read."""
+        chat = self.tokenizer.chat(messages, (), answer)
+        front: list[int] = []
+        if shown:
+            pixels = torch.stack([to_pixels(p, self.size, "crop") for p in shown])
+            front = self.scripts.picture((self.encode(pixels).flatten(1) + self.offset).tolist())
+        return [*front, *chat.ids[: chat.answer_start]], chat.ids[chat.answer_start :]
+
+    def drawing(self, text: str | None) -> list[int]:
+        """Task, text, start of the image; without a condition the text is empty."""
+        return [*self.scripts.prompt([] if text is None else self.tokenizer.encode(text)), self.config.special.soi]
+
+    def slots(self, codes: Sequence[int | None]) -> list[int | None]:
+        """The codes and the end of the image."""
+        return [*codes, self.config.special.eoi]
+
+    @property
+    def cells(self) -> slice:
+        """The first N."""
+        return slice(0, self.grid**2)
+
+    @property
+    def pad_id(self) -> int:
+        """MMaDA's own."""
+        return int(self.config.special.ipad)
+
+
+class LuminaScript(Script):
+    """Lumina-DiMOO: a system sentence, the user's part with its pictures, rows of codes with breaks."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        super().__init__(checkpoint)
+        self.scripts = lumina.Scripts(self.config.special)
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Also the end of the answer."""
+        return (*super().end_ids, self.config.special.eoa)
+
+    def conversation(
+        self, messages: Sequence[Mapping[str, Any]], shown: Sequence[Any], answer: str | None
+    ) -> tuple[list[int], list[int]]:
+        """One question; pictures keep their shape as far as the trained sizes allow.
+
+        Raises:
+            ConfigError: Several turns, which the published sequences do not have.
+        """
+        if len(messages) != 1 or messages[0].get("role") != "user":
+            raise ConfigError("this network answers single questions: give one message of the user")
+        content = messages[0].get("content")
+        parts = [p.get("text", "") for p in content] if isinstance(content, list) else [content]
+        question = "".join(str(p) for p in parts).strip()
+        if not question:
+            raise ConfigError("chat: a message is empty")
+        pictures = [self._picture(p) for p in shown]
+        prompt = self.scripts.prompt(self.tokenizer, lumina.READ, self.tokenizer.encode(question), pictures)
+        tail = [] if answer is None else [*self.tokenizer.encode(answer), self.config.special.eoa]
+        return prompt, tail
+
+    def drawing(self, text: str | None) -> list[int]:
+        """Without a condition a token of its own stands for the text."""
+        prompt = self.scripts.prompt(self.tokenizer, lumina.DRAW, self._user(text))
+        return [*prompt, self.config.special.boi]
+
+    def editing(self, text: str | None, codes: Sequence[int]) -> list[int]:
+        """The picture stays in sight when the instruction is dropped."""
+        picture = self.scripts.picture([c + self.offset for c in codes], self.grid, self.grid)
+        prompt = self.scripts.prompt(self.tokenizer, lumina.EDIT, self._user(text), [picture])
+        return [*prompt, self.config.special.boi]
+
+    def slots(self, codes: Sequence[int | None]) -> list[int | None]:
+        """Rows, each closed by a break; the end of the image and of the answer."""
+        special, side = self.config.special, self.grid
+        rows = [[*codes[i * side : (i + 1) * side], special.newline] for i in range(side)]
+        return [*(slot for row in rows for slot in row), special.eoi, special.eoa]
+
+    @property
+    def cells(self) -> Int[Tensor, "N"]:
+        """All but the breaks."""
+        return (torch.arange(self.grid)[:, None] * (self.grid + 1) + torch.arange(self.grid)).flatten()
+
+    def _user(self, text: str | None) -> list[int]:
+        return [self.config.special.uncondition] if text is None else self.tokenizer.encode(text)
+
+    def _picture(self, picture: Any) -> list[int]:
+        factor = int(self.images.config.factor)
+        pixels = to_shape(picture, crop_sizes((self.grid // _PATCH) ** 2 or 1, factor * _PATCH))
+        codes = self.encode(pixels[None])[0] + self.offset
+        return self.scripts.picture(codes.flatten().tolist(), *codes.shape)
+
+
+_SCRIPTS: dict[str, Any] = {"mmada": (MMaDAScript, mmada_parts), "lumina": (LuminaScript, lumina_parts)}
+"""Family -> its script, and what its generation words mean."""
+
+
+def script_of(checkpoint: Checkpoint) -> Script:
+    """The script of a checkpoint's family; errors as in `Script`."""
+    made: Script = _SCRIPTS[_family(checkpoint)][0](checkpoint)
+    return made
+
+
+class ScriptPainter:
+    """Codes of a network whose vocabulary holds them, drawn from a text, or from a picture and a text.
 
     Args:
         checkpoint: Network, tokenizer and image tokenizer.
@@ -94,39 +245,47 @@ class MMaDAPainter:
     """
 
     prompts = True
-    words = words_of(vocabulary_parts)
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        self.checkpoint, self.codes = checkpoint, PictureCodes(checkpoint)
-        self.grid, self.size = self.codes.grid, self.codes.size
-        self.cells = slice(0, self.grid**2)
+        self.checkpoint, self.script = checkpoint, script_of(checkpoint)
+        self._parts = _SCRIPTS[_family(checkpoint)][1]
+        self.words = words_of(self._parts)
+        self.grid, self.size, self.cells = self.script.grid, self.script.size, self.script.cells
         self.backbone = CodeBackbone(checkpoint.model)
-        self.offset: int = checkpoint.layout.code_offset
+        self.offset: int = self.script.offset
 
     def encode(self, pixels: Float[Tensor, "B 3 S S"]) -> Int[Tensor, "B N"]:
         """Codes of images."""
-        return self.codes.encode(pixels)
+        return self.script.encode(pixels).flatten(1)
 
     def canvas(self, subjects: Sequence[str], known: Tensor | None, open_: Bool[Tensor, "B N"]) -> Canvas:
-        """The prompt, the image between its marks, and the empty prompt of the unguided branch."""
-        scripts, special = self.codes.scripts, self.codes.scripts.ids
-        ids = torch.zeros_like(open_, dtype=torch.long) if known is None else known.cpu() + self.offset
-        rows = [
-            [*(None if is_open else code for code, is_open in zip(row, flags, strict=True)), special.eoi]
-            for row, flags in zip(ids.tolist(), open_.tolist(), strict=True)
-        ]
+        """The prompt, the picture's slots, and the prompt of the unguided branch.
+
+        With everything open and codes known, the codes are a picture that the prompt is about.
+        """
+        about = known is not None and bool(open_.all())
+        ids = torch.zeros_like(open_, dtype=torch.long) if known is None else known.cpu()
+        rows: list[list[int | None]] = []
+        fronts: list[list[int]] = []
+        nulls: list[list[int]] = []
+        for text, codes, flags in zip(subjects, ids.tolist(), open_.tolist(), strict=True):
+            shown = [None if free else c + self.offset for c, free in zip(codes, flags, strict=True)]
+            rows.append(self.script.slots(shown))
+            for said, into in ((text, fronts), (None, nulls)):
+                into.append(self.script.editing(said, codes) if about else self.script.drawing(said))
         return layout(
-            [[*scripts.prompt(self.codes.tokenizer.encode(text)), special.soi] for text in subjects],
+            fronts,
             rows,
             mask_id=self.backbone.mask_id,
-            pad_id=special.ipad,
-            nulls=[[*scripts.prompt([]), special.soi]] * len(rows),
+            pad_id=self.script.pad_id,
+            nulls=nulls,
             device=self.checkpoint.device,
         )
 
     def parts(self, canvas: Canvas, drawn: Any, words: dict[str, Any]) -> dict[str, Any]:
         """See `mmdiff.sampling.vocabulary_presets`."""
-        return vocabulary_parts(slots=slots_of(canvas), tokens=self.grid**2, **words).arguments()
+        parts: dict[str, Any] = self._parts(slots=slots_of(canvas), tokens=self.grid**2, **words).arguments()
+        return parts
 
     def result(self, decoded: Decoded) -> Int[Tensor, "B h w"]:
         """Codes."""
@@ -134,13 +293,9 @@ class MMaDAPainter:
 
     def pixels(self, result: Int[Tensor, "B h w"]) -> Float[Tensor, "B 3 S S"]:
         """Images of codes."""
-        return self.codes.decode(result)
+        return self.script.images.decode(result)
 
 
-def _fitting(tokenizer: Tokenizer, offset: int) -> Tokenizer:
-    if tokenizer.vocab_size != offset:
-        raise CheckpointError(
-            f"the tokenizer has {tokenizer.vocab_size:,} ids, and image codes begin at id {offset:,}: it is not the "
-            "one the network was trained with"
-        )
-    return tokenizer
+def _family(checkpoint: Checkpoint) -> str:
+    config: Any = checkpoint.model.config
+    return str(config.type)

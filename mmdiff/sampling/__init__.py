@@ -4,7 +4,7 @@
 """
 
 from mmdiff.sampling.blocks import Fixed, Whole
-from mmdiff.sampling.caches import Cache, DllmCache, Dual, Prefix
+from mmdiff.sampling.caches import Cache, DllmCache, Dual, MaxLogit, Prefix
 from mmdiff.sampling.canvas import Backbone, Canvas, CodeBackbone, TextBackbone, layout
 from mmdiff.sampling.constraints import Constraint
 from mmdiff.sampling.continuous import LatentBackbone, latent_canvas
@@ -71,6 +71,7 @@ __all__ = [
     "Linear",
     "LocalLeap",
     "Margin",
+    "MaxLogit",
     "Multinomial",
     "Ordered",
     "Pass",

@@ -14,10 +14,10 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from mmdiff.errors import ConfigError
-from mmdiff.nn.store import FeatureStore, Store
+from mmdiff.nn.store import FeatureStore, LogitStore, Store
 from mmdiff.sampling.ledger import Row
 
-__all__ = ["Cache", "DllmCache", "Dual", "Prefix"]
+__all__ = ["Cache", "DllmCache", "Dual", "MaxLogit", "Prefix"]
 
 
 @runtime_checkable
@@ -155,3 +155,48 @@ class DllmCache:
         """Tell the store what is refreshed; all rows have done the same number of passes."""
         assert isinstance(store, FeatureStore)
         store.plan(row.passes % self.prompt_interval == 0, row.passes % self.answer_interval == 0)
+
+
+@dataclass(frozen=True)
+class MaxLogit:
+    """Keys, values and logits are stored; slots whose largest logit was small are computed again in every pass.
+
+    Where the network is sure, its logits of an older pass are taken. Each branch of guidance has its own memory.
+
+    Attributes:
+        passes: Passes of the run.
+        keep: Share of the slots that is not computed again.
+        refresh: Passes between those that compute everything.
+        warmup: Share of the passes, at the start, that all compute everything.
+        watch: As in `Cache`.
+
+    Source: Lumina-DiMOO (arXiv 2510.06308), published max-logit cache.
+    """
+
+    passes: int
+    keep: float = 0.9
+    refresh: int = 5
+    warmup: float = 0.3
+    watch: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.keep <= 1 or self.refresh < 1 or not 0 <= self.warmup <= 1:
+            raise ConfigError(
+                f"keep {self.keep} and warmup {self.warmup} must be in [0, 1], refresh {self.refresh} at least 1"
+            )
+
+    def open(self, layers: int, valid: Bool[Tensor, "B T"], start: int) -> LogitStore:
+        """Keys and values of every layer, and logits."""
+        return LogitStore(layers, valid, share=1 - self.keep)
+
+    def full(self, row: Row) -> bool:
+        """In the warm-up, and at intervals after it."""
+        warm = int(self.warmup * self.passes)
+        return row.passes <= warm or (row.passes - warm) % self.refresh == 0
+
+    def slots(self, numbers: Int[Tensor, "B T"], current: Int[Tensor, "#B 1"]) -> Bool[Tensor, "B T"]:
+        """None are known beforehand: the memory chooses."""
+        return numbers != numbers
+
+    def prepare(self, store: Store, row: Row) -> None:
+        """Nothing: the memory chooses by what it holds."""

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mmdiff.errors import ConfigError
+from mmdiff.nn.store import LogitStore, take
 from mmdiff.sampling.caches import Cache
 from mmdiff.sampling.canvas import Backbone, Canvas
 from mmdiff.sampling.guidance import Guidance
@@ -87,36 +88,54 @@ class Reader:
             index: Int64 [B, q].
             open_: Bool [B, q]; slots among ``index`` whose logits matter, for the drift.
         """
-        options: dict[str, Any] = {}
-        compute = None if full else self._compute(canvas, rows)
-        if self.cache is not None:
-            self.cache.prepare(self._store, rows[0])
-            here = [r.number for r in rows]
-            store = self._store if here == self._held else self._store.view(self._places(here, index.device))
-            options = {"store": store, "compute": None if compute is None else compute.repeat(self.branches, 1)}
+        options = self._options(canvas, rows, full, index.device)
         logits = self._forward(canvas, rows, index, options)
-        slots = canvas.tokens.shape[1]
+        slots, compute = canvas.tokens.shape[1], options.get("compute")
+        computed = slots if compute is None else compute.shape[1]
         cost = Pass(
             rows=len(rows) * self.branches,
-            computed=slots if compute is None else compute.shape[1],
+            computed=computed,
             slots=slots,
-            read=index.shape[1],
+            read=computed if isinstance(options.get("store"), LogitStore) else index.shape[1],
         )
         self._passes += 1
         watched = self.cache is not None and self.cache.watch and (self._passes - 1) % self.cache.watch == 0
         drift = Drift.between(logits, self._forward(canvas, rows, index, {}), open_) if watched else None
         return logits, cost, drift
 
+    def _options(self, canvas: Canvas, rows: Sequence[Row], full: bool, device: torch.device) -> dict[str, Any]:
+        """The memory of these rows, and the slots of every branch that are computed."""
+        if self.cache is None:
+            return {}
+        self.cache.prepare(self._store, rows[0])
+        here = [r.number for r in rows]
+        store = self._store if here == self._held else self._store.view(self._places(here, device))
+        if full:
+            return {"store": store, "compute": None}
+        if isinstance(store, LogitStore):
+            return {"store": store, "compute": store.least()}
+        return {"store": store, "compute": self._compute(canvas, rows).repeat(self.branches, 1)}
+
     def _forward(self, canvas: Canvas, rows: Sequence[Row], index: Tensor, options: dict[str, Any]) -> Tensor:
         if self.guidance is None:
-            return self.backbone.forward(canvas, index, **options)
+            return self._logits(canvas, index, options)
         views = self.guidance.branches(canvas, self.backbone.null_id)
         tall = views[0]
         for view in views[1:]:
             tall = tall.stack(view)
-        logits = self.backbone.forward(tall, index.repeat(len(views), 1), **options)
+        logits = self._logits(tall, index.repeat(len(views), 1), options)
         now = self.guidance.at(rows) if hasattr(self.guidance, "at") else self.guidance
         return now.combine(logits.chunk(len(views)))
+
+    def _logits(self, canvas: Canvas, index: Int[Tensor, "B q"], options: dict[str, Any]) -> Float[Tensor, "B q V"]:
+        """Logits at ``index``, from the memory where it holds logits."""
+        store = options.get("store")
+        if not isinstance(store, LogitStore):
+            return self.backbone.forward(canvas, index, **options)
+        everything = torch.arange(canvas.tokens.shape[1], device=index.device).expand_as(canvas.tokens)
+        computed = options["compute"]
+        fresh = self.backbone.forward(canvas, everything if computed is None else computed, **options)
+        return take(store.remember(computed, fresh), index)
 
     def _compute(self, canvas: Canvas, rows: Sequence[Row]) -> Int[Tensor, "B q"]:
         """Slots that go through the network, the same number in each row: short rows repeat their first."""

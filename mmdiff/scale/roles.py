@@ -101,6 +101,7 @@ FAMILIES: dict[str, Callable[[Any], Pattern]] = {
     "llada_v": _llada_v,
     "unified": _unified,
     "mmada": _llada_v,
+    "lumina": _llada_v,
     "emigm": lambda config: Pattern(roles={"diffloss.net.final_layer.linear.weight": "output"}),
     "maskgit": _maskgit,
     "dit": lambda config: Pattern(roles={"final_layer.linear.weight": "output"}),

@@ -93,6 +93,11 @@ class Tokenizer:
         """Ids that `encode` never returns."""
         return self._special
 
+    def special_id(self, spelling: str) -> int | None:
+        """Id of a special token; None if there is none of that spelling."""
+        found: int | None = self._core.token_to_id(spelling)
+        return found if found in self._special else None
+
     @classmethod
     def from_pretrained(cls, path: str | Path, *, known: Mapping[str, int] | None = None) -> Tokenizer:
         """Read ``tokenizer.json`` (and ``tokenizer_config.json`` beside it).

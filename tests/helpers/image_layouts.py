@@ -189,6 +189,15 @@ def magvit_shapes(c: dict[str, Any]) -> Shapes:
     return out | {"quantize.embedding": (2**bits, bits), "quantize.power_vals": (bits,)}
 
 
+def amused_shapes(c: dict[str, Any]) -> Shapes:
+    """What diffusers' class has at these sizes."""
+    from diffusers import VQModel
+
+    names = inspect.signature(VQModel).parameters
+    module = VQModel(**{k: tuple(v) if isinstance(v, list) else v for k, v in c.items() if k in names})
+    return {k: tuple(v.shape) for k, v in module.state_dict().items()}
+
+
 SHAPES: dict[str, Callable[[dict[str, Any]], Shapes]] = {
     "emigm": emigm_shapes,
     "maskgit-v1": maskgit_v1_shapes,
@@ -198,4 +207,5 @@ SHAPES: dict[str, Callable[[dict[str, Any]], Shapes]] = {
     "taming": vq_shapes,
     "llamagen": vq_shapes,
     "magvit-v2": magvit_shapes,
+    "amused-vq": amused_shapes,
 }

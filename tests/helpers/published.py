@@ -110,6 +110,33 @@ MMADA: dict[str, Any] = {
     },
 }  # fmt: skip
 
+LUMINA: dict[str, Any] = {
+    **OLMO,
+    "model_type": "lumina_dimoo",
+    "embedding_size": 84,
+    "vocab_size": 84,
+    "code_offset": 62,
+    "codebook_size": 16,
+    "image_grid": 2,
+    "special_ids": {"newline": 40, "boi": 41, "eoi": 42, "uncondition": 43, "boa": 44, "eoa": 45},
+}
+
+AMUSED: dict[str, Any] = {
+    "_class_name": "VQModel",
+    "act_fn": "silu",
+    "block_out_channels": [32, 32],
+    "down_block_types": ["DownEncoderBlock2D", "DownEncoderBlock2D"],
+    "in_channels": 3,
+    "latent_channels": 4,
+    "layers_per_block": 1,
+    "lookup_from_codebook": True,
+    "mid_block_add_attention": False,
+    "norm_num_groups": 32,
+    "num_vq_embeddings": 16,
+    "out_channels": 3,
+    "up_block_types": ["UpDecoderBlock2D", "UpDecoderBlock2D"],
+}
+
 EMIGM: dict[str, Any] = {
     "img_size": 64,
     "vae_stride": 16,
@@ -179,6 +206,7 @@ CONFIGS = {
     "llama": LLAMA,
     "llada-v": LLADA_V,
     "mmada": MMADA,
+    "lumina": LUMINA,
     "emigm": EMIGM,
     "maskgit-v1": MASKGIT_V1,
     "maskgit-v2": MASKGIT_V2,
@@ -187,6 +215,7 @@ CONFIGS = {
     "taming": TAMING,
     "llamagen": LLAMAGEN,
     "magvit-v2": MAGVIT,
+    "amused-vq": AMUSED,
     "siglip": SIGLIP,
     "dit": diffusion.DIT,
     "sd3": diffusion.SD3,
@@ -200,7 +229,7 @@ def shapes(layout: str, tree: dict[str, Any]) -> Shapes:
     """Every published key of a layout with its shape."""
     if layout in DIFFUSION:
         return DIFFUSION[layout](tree)
-    if layout in ("olmo", "mmada"):
+    if layout in ("olmo", "mmada", "lumina"):
         return olmo_shapes(tree)
     if layout in image_layouts.SHAPES:
         return image_layouts.SHAPES[layout](tree)

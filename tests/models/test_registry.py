@@ -13,10 +13,12 @@ from mmdiff.config import config, parse
 from mmdiff.errors import CheckpointError, ConfigError
 from mmdiff.io import folder as folders
 from mmdiff.models import (
+    amused,
     dit,
     emigm,
     llada,
     llada_v,
+    lumina,
     magvit,
     masked_mmdit,
     maskgit,
@@ -92,6 +94,12 @@ TREES = {
         **{"type": "mmada", "language": {**LANGUAGE, "vocab_size": 60}, "code_offset": 40, "codebook": 16, "grid": 2},
         **{"text_length": 6},
     },
+    "lumina": {
+        **{"type": "lumina", "language": {**LANGUAGE, "vocab_size": 60}, "code_offset": 40, "codebook": 16, "grid": 2},
+    },
+    "amused_vq": {
+        **{"type": "amused_vq", "image_size": 8, "widths": [32, 32], "layers": 1, "channels": 4, "codebook": 16},
+    },
     "vqgan": {
         "type": "vqgan",
         "image_size": 16,
@@ -139,6 +147,7 @@ def assert_same(left: nn.Module, right: nn.Module) -> None:
         (llada.Config(), 8_015_581_184),
         (llada_v.Config(), 8_434_837_024),
         (mmada.Config(), 8_082_690_048),
+        (lumina.Config(), 8_081_805_312),
         (vision.Config(), 397_747_744),
         (llada.Config(depth=22, width=2048, kv_heads=4, ffn_width=5634), 1_487_243_264),
         (emigm.SIZES["xsmall-256"], 69_018_848),
@@ -335,8 +344,8 @@ def test_loading_says_nothing_when_there_is_nothing_to_say(tmp_path, caplog):
 
 def test_every_family_is_in_the_table_and_in_the_union():
     assert [FAMILIES[n].config for n in FAMILIES] == [
-        *(m.Config for m in (llada, llada_v, unified, mmada, vq, emigm, maskgit, vae)),
+        *(m.Config for m in (llada, llada_v, unified, mmada, lumina, vq, emigm, maskgit, vae)),
         vae.DCConfig,
-        *(m.Config for m in (vqgan, magvit, vision, scorer, dit, mmdit, masked_mmdit)),
+        *(m.Config for m in (vqgan, magvit, amused, vision, scorer, dit, mmdit, masked_mmdit)),
     ]
     assert all(configs.to_dict(c)["type"] == name for name, c in CONFIGS.items())

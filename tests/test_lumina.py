@@ -1,0 +1,151 @@
+"""A published Lumina-DiMOO folder through the public interface: drawing, redrawing, instructions, questions."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import mmdiff
+from mmdiff.errors import ConfigError
+from mmdiff.images import crop_sizes, to_shape
+from mmdiff.io.convert import convert
+from mmdiff.io.layouts import LAYOUTS, detect
+from mmdiff.models.amused import AmusedVQ
+from mmdiff.models.lumina import Config
+from mmdiff.pipelines.prompts import Prompter, about
+from tests.helpers import lumina, published
+from tests.helpers.tiny import picture
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return lumina.publish(tmp_path_factory.mktemp("lumina"))
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return mmdiff.load(folder, device="cpu")
+
+
+def test_a_published_folder_can_do_everything(model):
+    assert model.capabilities == {"ask", "caption", "chat", "generate_text", "infill", "text_image"}
+
+
+def test_the_published_configuration_is_told_by_its_rows():
+    tree = {**published.OLMO, "embedding_size": 134548, "vocab_size": 126464, "mask_token_id": 126336}
+    assert detect(tree) == "lumina"
+    assert LAYOUTS["lumina"].read(tree, {}).code_offset == Config().code_offset
+    assert detect(published.OLMO) == "olmo"
+
+
+def test_a_picture_lies_in_rows_between_its_marks(model, folder):
+    tree = json.loads((folder / "config.json").read_text())
+    special, offset = tree["special_ids"], tree["code_offset"]
+    ids = Prompter(model.checkpoint).conversation(about(picture(0, 40, 20), "how many dogs are there?")).ids
+    # The last of each: at this size they are spelt by the text as well.
+    begin, end = (len(ids) - 1 - ids[::-1].index(special[n]) for n in ("boi", "eoi"))
+    rows, row = [], []
+    for i in ids[begin + 1 : end]:
+        row.append(i)
+        if i == special["newline"]:
+            rows.append(row)
+            row = []
+    assert not row
+    assert {len(r) for r in rows} == {len(rows[0])}
+    assert len(rows[0]) - 1 > len(rows), "a wide picture stays wide"
+    assert all(offset <= i < offset + 32 for r in rows for i in r[:-1])
+    assert ids[-1] == special["boa"]
+
+
+def test_pictures_are_a_function_of_prompt_and_seed_whatever_is_beside_them(model):
+    prompts = ["a red circle", "the blue square is small", "a cat"]
+    together = model.images(prompts=prompts, seeds=[1, 2, 3], num_inference_steps=6, output_type="latent").images
+    assert together.shape == (3, 4, 4)
+    for prompt, seed, codes in zip(prompts, [1, 2, 3], together, strict=True):
+        alone = model.images(prompts=prompt, seeds=seed, num_inference_steps=6, output_type="latent").images
+        assert torch.equal(alone[0], codes)
+
+
+def test_the_cache_saves_slots_and_computing_everything_is_exact(model):
+    words = {"prompts": "a cat", "seeds": 0, "num_inference_steps": 12, "output_type": "latent"}
+    exact, cached = (model.images(preset=p, **words) for p in ("exact", "fast"))
+    assert exact.trace.nfe == cached.trace.nfe
+    spent = [sum(p.computed for p in out.trace.passes) for out in (exact, cached)]
+    assert spent[1] < spent[0]
+
+
+def test_breaks_are_no_codes_and_only_the_marked_part_is_drawn_again(model):
+    image, mask = picture(3, 16, 16), np.zeros((16, 16), dtype=bool)
+    mask[:4, :8] = True
+    before, after = np.asarray(image), np.asarray(model.images.edit(image, mask, "a cat", seed=0))
+    assert np.array_equal(before[~mask], after[~mask])
+    assert not np.array_equal(before[mask], after[mask])
+
+
+def test_an_instruction_redraws_the_picture_with_the_old_one_in_sight(model):
+    one, other = (np.asarray(model.images.edit(picture(n, 16, 16), None, "a cat", seed=0)) for n in (0, 1))
+    assert one.shape == (16, 16, 3)
+    assert not np.array_equal(one, other)
+
+
+def test_networks_that_follow_no_instructions_say_so(tmp_path):
+    from tests.helpers import mmada
+    from tests.helpers.tiny import unified_checkpoint
+
+    for images in (
+        mmdiff.load(mmada.publish(tmp_path), device="cpu").images,
+        mmdiff.ImageGenerator(unified_checkpoint()),
+    ):
+        with pytest.raises(ConfigError, match="mask"):
+            images.edit(picture(0), None, "a cat")
+
+
+def test_it_answers_single_questions(model):
+    answers = model.vision.ask([picture(n) for n in range(3)], "how many dogs are there?", gen_length=8)
+    assert len(set(answers)) > 1
+    several = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "c"},
+    ]
+    with pytest.raises(ConfigError, match="single questions"):
+        model.vision.chat(several)
+    with pytest.raises(ConfigError, match="empty"):
+        model.vision.chat([{"role": "user", "content": " "}])
+
+
+def test_conversion_keeps_every_key(folder, tmp_path):
+    convert(folder, tmp_path / "ours")
+    convert(tmp_path / "ours", tmp_path / "back")
+    first, last = (load_file(f / "model.safetensors") for f in (folder, tmp_path / "back"))
+    assert first.keys() == last.keys()
+    assert all(torch.equal(first[k], last[k]) for k in first)
+
+
+def test_the_tokenizer_is_that_of_diffusers(tmp_path):
+    from diffusers import VQModel
+
+    mine = AmusedVQ.from_pretrained(lumina.publish_amused(tmp_path / "vq"))
+    names = inspect.signature(VQModel).parameters
+    theirs = VQModel(**{k: tuple(v) if isinstance(v, list) else v for k, v in lumina.AMUSED.items() if k in names})
+    theirs.load_state_dict(load_file(tmp_path / "vq" / "model.safetensors"))
+    pixels = torch.rand(2, 3, 16, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad():
+        latents = theirs.encode((pixels + 1) / 2).latents
+        codes = theirs.quantize(latents)[2][2].view(2, 4, 2)
+        drawn = theirs.decode(codes, force_not_quantize=True, shape=(2, 4, 2, 4)).sample
+    assert torch.equal(mine.encode(pixels), codes)
+    torch.testing.assert_close((mine.decode(codes) + 1) / 2, drawn, atol=1e-5, rtol=0)
+
+
+def test_pictures_take_the_trained_shape_nearest_to_their_own():
+    sizes = crop_sizes(16, 32)
+    assert to_shape(picture(0, 400, 100), sizes).shape == (3, 64, 256)
+    assert to_shape(picture(0, 90, 100), sizes).shape == (3, 128, 128)
+    assert to_shape(picture(0, 50, 100), sizes).shape in ((3, 160, 96), (3, 160, 64), (3, 192, 64))
