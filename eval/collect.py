@@ -65,54 +65,54 @@ def collect(
         ConfigError: An image is missing, damaged or of another size than the first; fewer than two images.
     """
     rank, world = rank_and_world()
-    sums = _Sums(network, len(images), splits if splits is None else splits(len(images)), spatial, keep_features)
-    share = images.part(rank, world)
+    share = images.part(rank, world, batch_size)
+    sums = _Sums(network, splits if splits is None else splits(len(images)), spatial)
+    rows = feature_store(len(share), network.dim) if keep_features else None
     shape = np.shape(images.read(0)) if world > 1 else None
     with _bar(len(share), network.name) as bar:
         for number, batch in enumerate(share.batches(batch_size, shape=shape)):
-            start = number * batch_size
-            sums.update(network.taps(batch.permute(0, 3, 1, 2)), start, rank, world)
+            taps = network.taps(batch.permute(0, 3, 1, 2))
+            sums.update(taps, first=(rank + world * number) * batch_size)
+            if rows is not None:
+                rows[number * batch_size : number * batch_size + len(batch)] = taps["features"]
             bar.update(len(batch))
-    return sums.result(rank, world)
+    if rows is not None and world > 1:
+        whole = feature_store(len(images), network.dim) if rank == 0 else None
+        gather_rows(rows, whole, batch_size)
+        rows = whole
+    return sums.result(rows)
 
 
 class _Sums:
-    def __init__(
-        self, network: FeatureNetwork, count: int, splits: np.ndarray | None, spatial: bool, keep: bool
-    ) -> None:
-        self.count, self.dim = count, network.dim
+    def __init__(self, network: FeatureNetwork, splits: np.ndarray | None, spatial: bool) -> None:
         self.moments = Moments(network.dim)
         self.spatial: Moments | None = None
         self.want_spatial = spatial
         self.splits = splits
         self.score = ScoreSums(splits) if splits is not None else None
-        rank, world = rank_and_world()
-        self.rows = feature_store(len(range(rank, count, world)), network.dim) if keep else None
 
-    def update(self, taps: dict[str, Tensor], start: int, rank: int, world: int) -> None:
-        features = taps["features"]
-        self.moments.update(features)
-        if self.rows is not None:
-            self.rows[start : start + len(features)] = features
+    def update(self, taps: dict[str, Tensor], first: int) -> None:
+        """Take in a batch whose first image has the number ``first`` in the whole set."""
+        self.moments.update(taps["features"])
         if self.want_spatial and "spatial" in taps:
             if self.spatial is None:
                 self.spatial = Moments(taps["spatial"].shape[1])
             self.spatial.update(taps["spatial"])
         if self.score is not None and "logits" in taps:
-            places = rank + world * torch.arange(start, start + len(features))
-            self.score.update(taps["logits"], places)
+            self.score.update(taps["logits"], torch.arange(first, first + len(taps["logits"])))
 
-    def result(self, rank: int, world: int) -> Collected:
-        features = self.rows
-        if self.rows is not None and world > 1:
-            features = feature_store(self.count, self.dim) if rank == 0 else None
-            gather_rows(self.rows, features)
+    def result(self, features: Rows | None) -> Collected:
         return Collected(
             statistics=merge_moments(self.moments).result(),
-            spatial=merge_moments(self.spatial).result() if self.spatial is not None else None,
+            spatial=self._spatial(),
             features=features,
             score=self._score(),
         )
+
+    def _spatial(self) -> Statistics | None:
+        # A process without a single batch must take part in the merging all the same.
+        sizes = merge_objects(0 if self.spatial is None else len(self.spatial.mean))
+        return merge_moments(self.spatial or Moments(max(sizes))).result() if any(sizes) else None
 
     def _score(self) -> InceptionScore | None:
         if self.score is None or self.splits is None:

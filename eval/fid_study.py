@@ -136,18 +136,18 @@ def study(
     reader = _Reader(network, rules, wanted, pairs, batch_size, seed)
     images, judged = reader.read(a, num)
     real, reference = reader.read(b, num, sha256, judged=False)
+    parts = reference
+    if floor and num and not is_statistics(b) and len(open_images(b)) >= 2 * num:
+        # At the same N where the reference is large enough: the floor falls with N, another N would flatter or blame.
+        _, parts = reader.read(b, 2 * num, judged=False)
     if rank_and_world()[0]:  # features come together in the first process, which has all numbers
         wanted, floor, draws = ("fid",), False, 0
     result = score(judged, reference, protocol=protocol, measures=wanted, network=network, draws=draws, seed=seed)
     if is_statistics(b):
         result = dataclasses.replace(result, statistics_sha256=file_sha256(Path(str(b))))
-    done = Study(result=result, judged=judged, reference=reference, images=images, real=real)
-    if not floor:
-        return done
-    # At the same N where the reference is large enough: the floor falls with N, so another N would flatter or blame.
-    if rank_and_world()[1] == 1 and num and not is_statistics(b) and len(open_images(b)) >= 2 * num:
-        _, reference = reader.read(b, 2 * num, judged=False)
-    return dataclasses.replace(done, result=with_floor(result, reference.features, seed))
+    if floor:
+        result = with_floor(result, parts.features, seed)
+    return Study(result=result, judged=judged, reference=reference, images=images, real=real)
 
 
 @dataclass(frozen=True)

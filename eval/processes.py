@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .rows import BLOCK, Rows
+from .rows import Rows
 from .statistics import Moments
 
 __all__ = ["barrier", "gather_rows", "joined", "merge_moments", "merge_objects", "rank_and_world"]
@@ -73,23 +73,23 @@ def merge_moments(moments: Moments) -> Moments:
     return total
 
 
-def gather_rows(rows: Rows, out: Rows | None) -> None:
-    """Bring the rows of all processes to the first one, where row i of rank r becomes row ``r + world * i`` of ``out``.
+def gather_rows(rows: Rows, out: Rows | None, size: int) -> None:
+    """Bring the rows of all processes to the first one: batch k of rank r becomes batch ``r + world * k`` of ``out``.
 
     Args:
-        rows: This process's rows, float32, in all processes as many or one less than in the first.
+        rows: This process's rows, float32: its batches one after the other.
         out: In the first process, where to; None elsewhere.
+        size: Rows of a batch.
     """
     rank, world = rank_and_world()
     most = max(merge_objects(len(rows)))
-    for start in range(0, most, BLOCK):
-        size = min(BLOCK, most - start)
+    for start in range(0, most, size):
         block = torch.zeros(size, rows.shape[1])
         mine = rows[start : start + size]
         block[: len(mine)] = mine
         parts = [torch.empty_like(block) for _ in range(world)] if rank == 0 else None
         torch.distributed.gather(block, parts, dst=0)
         if parts is not None and out is not None:
-            woven = torch.stack(parts, dim=1).flatten(0, 1)
             first = start * world
-            out[first : first + len(woven)] = woven[: len(out) - first]
+            together = torch.cat(parts)[: len(out) - first]
+            out[first : first + len(together)] = together

@@ -66,10 +66,16 @@ class ImageSet:
         names = [self.names[i] for i in kept]
         return ImageSet(names=names, read=lambda i: self.read(kept[i]), threads=self.threads)
 
-    def part(self, rank: int, world: int) -> ImageSet:
-        """Every ``world``-th image from number ``rank`` on: the share of one process."""
-        own = self.names[rank::world]
-        return ImageSet(names=own, read=lambda i: self.read(rank + world * i), threads=self.threads)
+    def part(self, rank: int, world: int, size: int) -> ImageSet:
+        """Every ``world``-th batch of ``size`` images from number ``rank`` on: the share of one process.
+
+        Batches are whole, so a network sees the same ones however many processes share the work.
+        """
+        own = [
+            i for start in range(rank * size, len(self), world * size) for i in range(len(self))[start : start + size]
+        ]
+        names = [self.names[i] for i in own]
+        return ImageSet(names=names, read=lambda i: self.read(own[i]), threads=self.threads)
 
     def batches(self, size: int, *, shape: tuple[int, ...] | None = None) -> Iterator[UInt8[Tensor, "B H W 3"]]:
         """All images, ``size`` at a time, uint8 [B, H, W, 3].

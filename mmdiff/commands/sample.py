@@ -100,10 +100,11 @@ def sample(
     out.mkdir(parents=True, exist_ok=True)
     _agree(out / _MANIFEST, plan, num, main=rank == 0)
     start = time.perf_counter()
-    todo = _missing(out, range(rank, num, world), plan.size)
+    mine = range(rank, num, world)
+    todo = _missing(out, mine, plan.size)
     try:
         with sigterm_as_interrupt():
-            _draw(generator, plan, out, todo, batch)
+            _draw(generator, plan, out, [mine[i : i + batch] for i in range(0, len(mine), batch)], todo)
     except KeyboardInterrupt:
         typer.echo(f"stopped; the finished pictures are kept: the same command goes on in {out}", err=True)
         raise typer.Exit(EXIT_STOPPED) from None
@@ -122,19 +123,24 @@ def path_of(out: Path, i: int) -> Path:
     return out / f"{i // _SHARD:05d}" / f"{i:06d}.png"
 
 
-def _draw(generator: Any, plan: Plan, out: Path, todo: Sequence[int], batch: int) -> None:
+def _draw(generator: Any, plan: Plan, out: Path, batches: Sequence[Sequence[int]], todo: Sequence[int]) -> None:
     from tqdm import tqdm
 
     from mmdiff.images import encode_png
 
+    missing = set(todo)
     with tqdm(total=len(todo), unit="image", desc="drawing") as bar:
-        for part in _parts(todo, batch):
+        for part in batches:
+            if missing.isdisjoint(part):
+                continue
+            # A batch is drawn whole even if one picture is missing: the same batch gives the same bytes.
             subjects = [plan.subject(i) for i in part]
             what: dict[str, Any] = {"labels": subjects} if plan.labels else {"prompts": subjects}
             images = generator(**what, seeds=[plan.seed0 + i for i in part], **plan.options).images
             for i, image in zip(part, images, strict=True):
-                _write(path_of(out, i), encode_png(image))
-            bar.update(len(part))
+                if i in missing:
+                    _write(path_of(out, i), encode_png(image))
+            bar.update(len(missing.intersection(part)))
 
 
 def _write(path: Path, data: bytes) -> None:
@@ -310,8 +316,3 @@ def _grid(generator: Any, plan: Plan, path: Path, rows: int) -> None:
 
     what: dict[str, Any] = {"labels" if plan.labels else "prompts": [plan.subject(i) for i in range(rows)]}
     _write(path, encode_png(generator.denoising(**what, seeds=[plan.seed0 + i for i in range(rows)], **plan.options)))
-
-
-def _parts(items: Sequence[int], size: int) -> Iterator[list[int]]:
-    for i in range(0, len(items), size):
-        yield list(items[i : i + size])

@@ -137,7 +137,7 @@ def test_features_of_different_networks_are_refused() -> None:
         fid.score(draw(40), Statistics.of(draw(40, 11)))
 
 
-def test_order_of_files_is_irrelevant(tmp_path: Path, colour: FeatureNetwork) -> None:
+def test_r27_order_of_files_is_irrelevant(tmp_path: Path, colour: FeatureNetwork) -> None:
     folder, other = write_images(tmp_path / "a", 30), write_images(tmp_path / "b", 30, seed=1)
     first = fid.compare(folder, other, features="colour")
     renamed = tmp_path / "c"
@@ -149,7 +149,7 @@ def test_order_of_files_is_irrelevant(tmp_path: Path, colour: FeatureNetwork) ->
     assert second.kid_mean == pytest.approx(first.kid_mean, rel=1e-9)
 
 
-def test_two_ranks_equal_one(tmp_path: Path) -> None:
+def test_r27_two_ranks_equal_one(tmp_path: Path) -> None:
     from eval.statistics import Moments
 
     x, reference = draw(64), Statistics.of(draw(80, seed=1))
@@ -157,7 +157,7 @@ def test_two_ranks_equal_one(tmp_path: Path) -> None:
     assert fid.score(ranks, reference).fid == pytest.approx(fid.score(x, reference).fid, rel=1e-9)
 
 
-def test_a_missing_image_is_refused_by_number(tmp_path: Path, colour: FeatureNetwork) -> None:
+def test_r27_a_missing_image_is_refused_by_number(tmp_path: Path, colour: FeatureNetwork) -> None:
     folder = write_images(tmp_path / "a", 12)
     (folder / "00007.png").unlink()
     with pytest.raises(ConfigError, match=r"1 of 12 numbered images missing: 00007"):
@@ -170,7 +170,7 @@ def test_fewer_images_than_asked_for_are_refused(tmp_path: Path, colour: Feature
 
 
 @pytest.mark.parametrize("damage", ["cut", "text", "empty"])
-def test_a_corrupt_image_is_refused_by_name(damage: str, tmp_path: Path, colour: FeatureNetwork) -> None:
+def test_r27_a_corrupt_image_is_refused_by_name(damage: str, tmp_path: Path, colour: FeatureNetwork) -> None:
     folder = write_images(tmp_path / "a", 12)
     victim = folder / "00005.png"
     data = {"cut": victim.read_bytes()[:-60], "text": b"not a picture", "empty": b""}[damage]
@@ -179,7 +179,7 @@ def test_a_corrupt_image_is_refused_by_name(damage: str, tmp_path: Path, colour:
         extract(folder, colour)
 
 
-def test_an_image_of_another_size_is_refused_by_name(tmp_path: Path, colour: FeatureNetwork) -> None:
+def test_r27_an_image_of_another_size_is_refused_by_name(tmp_path: Path, colour: FeatureNetwork) -> None:
     folder = write_images(tmp_path / "a", 12)
     Image.new("RGB", (8, 9)).save(folder / "00009.png")
     with pytest.raises(ConfigError, match=r"00009\.png: 8x9 pixels, but .*00000\.png has 8x8"):

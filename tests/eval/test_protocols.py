@@ -315,7 +315,7 @@ if rank == 0:
 """
 
 
-def test_two_processes_give_the_numbers_of_one(toy: None, tmp_path: Path, repository: Path) -> None:
+def test_r27_two_processes_give_the_numbers_of_one(toy: None, tmp_path: Path, repository: Path) -> None:
     for name, rows in (("a", pictures(21)), ("b", pictures(26, seed=1))):
         np.savez(tmp_path / f"{name}.npz", arr_0=rows)
     with socket.socket() as free:

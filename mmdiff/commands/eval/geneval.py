@@ -171,4 +171,6 @@ def _page(result: Any, folder: Path, label: str, numbers: Numbers, settings: dic
             images = ((thumbnail(path.read_bytes()), picture.tag),) if path else ()
             items.append(Shown(pictures=images, text=(picture.prompt, *picture.reason.split("\n")), good=good))
         parts.append(Gallery(title=title, items=tuple(items)))
-    return render("GenEval" if label.startswith("official") else label, f"Judged by: {label}.", parts, facts=settings)
+    if label.startswith("official"):
+        return render("GenEval", f"Judged by: {label}.", parts, facts=settings)
+    return render(label, "Comparable with nothing but itself.", parts, facts=settings)

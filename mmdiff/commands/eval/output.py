@@ -20,7 +20,7 @@ JsonOut = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Out = Annotated[
     Path | None, typer.Option("--out", help="Folder for result.json and report.html; or a .json file for the result.")
 ]
-BatchSize = Annotated[int, typer.Option(min=1, help="Items per pass of the network.")]
+BatchSize = Annotated[int, typer.Option("--batch", "--batch-size", min=1, help="Items per pass of the network.")]
 
 
 def finish(
