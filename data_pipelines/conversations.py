@@ -1,7 +1,7 @@
 """LLaVA-style conversations: the JSON ``{"conversations": [{"from", "value"}, ...]}`` as chat messages.
 
-Source: LLaVA's data format; LLaDA-V's published preparation of it (one placeholder per conversation moves to the front,
-a first turn that is not from the human is dropped).
+Source: LLaVA's data format; LLaDA-V's published preparation of it (the only placeholder of a turn moves to its front,
+several stay where they are; a first turn that is not from the human is dropped).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "ass
 
 
 def read_conversation(sample: Sample) -> list[dict[str, Any]]:
-    """Messages, alternating from user to assistant, each with a list of content parts; at most one image.
+    """Messages, alternating from user to assistant, each with a list of content parts.
 
     Raises:
         SampleError: Reason ``"bad_conversation"``.
@@ -33,11 +33,6 @@ def read_conversation(sample: Sample) -> list[dict[str, Any]]:
     messages = messages[: len(messages) // 2 * 2]
     if not messages or any(m["role"] != ("user", "assistant")[i % 2] for i, m in enumerate(messages)):
         raise SampleError("bad_conversation", f"{sample}: turns must alternate between human and gpt")
-    images = sum(part["type"] == "image" for m in messages for part in m["content"])
-    if images > 1:
-        raise SampleError(
-            "bad_conversation", f"{sample}: {images} placeholders {PLACEHOLDER}, a sample holds one image"
-        )
     return messages
 
 
@@ -45,10 +40,14 @@ def _message(sample: Sample, turn: Any) -> dict[str, Any]:
     if not isinstance(turn, dict) or turn.get("from") not in _ROLES or not isinstance(turn.get("value"), str):
         raise SampleError("bad_conversation", f"{sample}: turn {turn!r:.80}, expected from human or gpt, and a value")
     role, text = _ROLES[turn["from"]], turn["value"]
-    count = text.count(PLACEHOLDER) if role == "user" else 0
-    for _ in range(count):
-        text = text.replace(PLACEHOLDER, "", 1)
-    content = [{"type": "image"} for _ in range(count)]
-    if not text.strip():
+    if not text.replace(PLACEHOLDER, "").strip():
         raise SampleError("bad_conversation", f"{sample}: a turn without text")
-    return {"role": role, "content": [*content, {"type": "text", "text": text.strip()}]}
+    if role != "user":
+        return {"role": role, "content": [{"type": "text", "text": text.strip()}]}
+    first, *rest = text.split(PLACEHOLDER)
+    if len(rest) == 1:
+        return {"role": role, "content": [{"type": "image"}, {"type": "text", "text": (first + rest[0]).strip()}]}
+    content: list[dict[str, Any]] = [{"type": "text", "text": first.strip()}]
+    for piece in rest:
+        content += [{"type": "image"}, {"type": "text", "text": piece.strip()}]
+    return {"role": role, "content": [part for part in content if part.get("text") != ""]}

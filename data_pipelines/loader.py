@@ -1,27 +1,25 @@
 """Batches for training: plan, reader and tasks put together, with counted skips and a state of one integer.
 
-The sequence of batches depends on the data, the seed and the batch size alone: ranks slice each global batch, workers
-only prefetch. What a sample teaches is ``tasks``', the order is ``plan``'s.
+The sequence of batches depends on the data, the seed and the batch size (or the token budget) alone: ranks slice each
+global batch, workers only prefetch. What a sample teaches is ``tasks``', the order is ``plan``'s, skipping ``fetch``'s.
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
-
-from mmdiff.batch import Batch, Example, Layout, collate, fill
+from mmdiff.batch import Batch, Layout
 from mmdiff.config import Field, config
-from mmdiff.errors import ConfigError, MmdiffError, SampleError, ShardError
+from mmdiff.errors import ConfigError, SampleError, ShardError
 from mmdiff.text import Tokenizer
 
+from .fetch import MAX_CONSECUTIVE, Chunk, Fetched, Fetcher, Ruler, Skip
 from .index import ShardIndex
-from .plan import Draw, Plan, SourceTable
+from .packing import TokenBudget
+from .plan import Plan, SourceTable
 from .prefetch import prefetch, worker_batches
 from .ranges import shown
 from .reader import ShardReader
@@ -32,8 +30,6 @@ from .transforms import PixelCache
 
 __all__ = ["DataConfig", "Fetched", "Loader", "Skip", "SourceConfig", "open_loader"]
 
-MAX_CONSECUTIVE = 100
-"""So many samples skipped in a row end the run."""
 MIN_SEEN = 1000
 """The fraction of skipped samples is judged from this many samples on."""
 
@@ -60,7 +56,15 @@ class DataConfig:
     sources: tuple[SourceConfig, ...] = Field(min_length=1)
     """One or several sources, mixed by their weights."""
     batch_size: int = Field(ge=1)
-    """Samples of a global batch, over all ranks."""
+    """Samples of a global batch, over all ranks; with ``max_tokens`` the most samples."""
+    max_tokens: int | None = Field(default=None, ge=1)
+    """Tokens of a global batch, padding included unless rows are packed: as many samples as fit. Null: batch_size."""
+    multiple: int = Field(default=8, ge=1)
+    """With ``max_tokens``: a global batch holds a multiple of so many samples, and at least so many; the number of
+    ranks must divide it."""
+    pack_length: int | None = Field(default=None, ge=1)
+    """Put short samples side by side in rows of this many tokens instead of padding them (for the objective masked);
+    they do not see each other, and what is learnt is the same. Null: no packing."""
     workers: int = Field(default=0, ge=0, le=256)
     """Processes that prepare batches; 0 uses a thread of this process."""
     start_method: Literal["fork", "spawn", "forkserver"] | None = None
@@ -85,90 +89,6 @@ class DataConfig:
     """Most memory for decoded images, per process."""
 
 
-@dataclass(frozen=True)
-class Skip:
-    """A sample that was left out.
-
-    Attributes:
-        reason: Short code.
-        key: Its name.
-        url: Its shard, without credentials.
-        position: The position it would have had.
-        message: The sentence for the log.
-    """
-
-    reason: str
-    key: str
-    url: str
-    position: int
-    message: str
-
-
-@dataclass(frozen=True)
-class Fetched:
-    """A batch and what was skipped for it: one tuple per position."""
-
-    batch: Batch | None
-    skips: tuple[tuple[Skip, ...], ...]
-
-
-class Fetcher:
-    """Makes the examples at given positions; the same in a thread or a worker process.
-
-    Args:
-        plan: The order.
-        readers: One per source.
-        tasks: The tasks of each source.
-        fill_id: Id that rows are filled with to equal length, to be learnt; None for padding that is not.
-    """
-
-    def __init__(
-        self,
-        plan: Plan,
-        readers: Sequence[ShardReader],
-        tasks: Sequence[Sequence[Task]],
-        fill_id: int | None = None,
-    ) -> None:
-        self.plan, self.readers, self.tasks = plan, list(readers), [list(t) for t in tasks]
-        self.fill_id = fill_id
-
-    def __call__(self, positions: Sequence[int]) -> Fetched:
-        """The batch of these positions; ``batch`` is None if a position found no usable sample in 100 attempts."""
-        examples: list[Example] = []
-        skips: list[tuple[Skip, ...]] = []
-        for position in positions:
-            example, missed = self._fetch(position)
-            skips.append(missed)
-            if example is None:
-                return Fetched(None, tuple(skips))
-            examples.append(example)
-        return Fetched(collate(examples if self.fill_id is None else fill(examples, self.fill_id)), tuple(skips))
-
-    def _fetch(self, position: int) -> tuple[Example | None, tuple[Skip, ...]]:
-        missed: list[Skip] = []
-        for attempt in range(MAX_CONSECUTIVE):
-            draw = self.plan.replacement(position, attempt) if attempt else self.plan.at(position)
-            try:
-                return self._make(draw), tuple(missed)
-            except SampleError as error:
-                missed.append(self._skip(draw, position, error.reason, str(error)))
-            except (MmdiffError, OSError, MemoryError):
-                raise  # the configuration's or the machine's fault, not the sample's
-            except Exception as error:
-                # Content no task foresaw: counted by its own reason, and too much of it stops the run all the same.
-                missed.append(self._skip(draw, position, f"unexpected_{type(error).__name__}", str(error)))
-        return None, tuple(missed)
-
-    def _make(self, draw: Draw) -> Example:
-        sample = self.readers[draw.source].read(draw.shard, draw.sample)
-        generator = torch.Generator().manual_seed(draw.seed)
-        return self.tasks[draw.source][draw.task](sample, generator)
-
-    def _skip(self, draw: Draw, position: int, reason: str, message: str) -> Skip:
-        index = self.readers[draw.source].shards[draw.shard]
-        return Skip(reason, index.key(draw.sample), shown(index.url), position, message)
-
-
 class Loader:
     """An endless iterable of batches that can be left and resumed anywhere.
 
@@ -186,10 +106,12 @@ class Loader:
         start_method: How workers are started.
         allow_changed: Accept a saved state of another plan.
         on_skip: Called with every skip, in order.
-        fill_id: As in `Fetcher`.
+        fill_id: As in `fetch.Fetcher`.
+        pack_length: As in `fetch.Fetcher`.
+        budget: How many samples fit into a global batch, at most ``batch_size``; None for always so many.
 
     Raises:
-        ConfigError: ``batch_size`` is not a multiple of ``world``.
+        ConfigError: ``world`` processes cannot share every global batch evenly.
     """
 
     def __init__(
@@ -209,10 +131,13 @@ class Loader:
         allow_changed: bool = False,
         on_skip: Callable[[Skip], None] | None = None,
         fill_id: int | None = None,
+        pack_length: int | None = None,
+        budget: TokenBudget | None = None,
     ) -> None:
-        if batch_size % world or not 0 <= rank < world:
+        shared = ("batch_size", batch_size) if budget is None else ("multiple", budget.multiple)
+        if shared[1] % world or not 0 <= rank < world:
             raise ConfigError(
-                f"data.batch_size is {batch_size}, rank {rank} of {world}; the global batch must divide evenly"
+                f"data.{shared[0]} is {shared[1]}, rank {rank} of {world}; the global batch must divide evenly"
             )
         self.plan = plan
         self.position = start
@@ -221,9 +146,10 @@ class Loader:
         self.skipped: Counter[str] = Counter()
         self.seen = 0
         self.on_skip = on_skip
-        self._fetcher = Fetcher(plan, readers, tasks, fill_id)
+        self._fetcher = Fetcher(plan, readers, tasks, fill_id, pack_length)
+        self._ruler = None if budget is None else Ruler(plan, readers, tasks, budget)
         self._workers, self._ahead, self._start_method = workers, ahead, start_method
-        self._slice = (rank * batch_size // world, (rank + 1) * batch_size // world)
+        self._rank, self._world = rank, world
         self._max_skip_fraction, self._allow_changed = max_skip_fraction, allow_changed
         self._row = 0
         self._recent: deque[Skip] = deque(maxlen=MAX_CONSECUTIVE)
@@ -234,8 +160,7 @@ class Loader:
         Raises:
             ShardError: Too many samples had to be skipped, a shard vanished, or a worker died.
         """
-        starts = itertools.count(self.position, self.batch_size)
-        chunks = (range(s + self._slice[0], s + self._slice[1]) for s in starts)
+        chunks = self._chunks(self.position)
         if self._workers:
             fetched = worker_batches(self._fetcher, chunks, self._workers, self._ahead, self._start_method, self.where)
         else:
@@ -245,7 +170,7 @@ class Loader:
                 self._count(item)
                 if item.batch is None:
                     raise ShardError("no usable sample was found")  # _count has raised with the details
-                self.position += self.batch_size
+                self.position = item.end
                 yield item.batch
         finally:
             fetched.close()
@@ -256,7 +181,7 @@ class Loader:
         Raises:
             ShardError: No usable sample was found.
         """
-        item = self._fetcher(range(position + self._slice[0], position + self._slice[1]))
+        item = self._fetcher(self._chunk(position))
         if item.batch is None:
             raise ShardError(f"position {position}: {item.skips[-1][-1].message}")
         return item.batch
@@ -293,6 +218,22 @@ class Loader:
         """Close files; they are opened again when needed."""
         for reader in self._fetcher.readers:
             reader.close()
+        if self._ruler is not None:
+            self._ruler.close()
+
+    def _chunks(self, position: int) -> Iterator[Chunk]:
+        while True:
+            chunk = self._chunk(position)
+            yield chunk
+            position = chunk.end
+
+    def _chunk(self, position: int) -> Chunk:
+        """This rank's part of the global batch that begins at ``position``."""
+        lengths = None if self._ruler is None else self._ruler.lengths(position)
+        count = self.batch_size if lengths is None else len(lengths)
+        first, last = (count * r // self._world for r in (self._rank, self._rank + 1))
+        limits = () if lengths is None else tuple(lengths[first:last])
+        return Chunk(range(position + first, position + last), position + count, limits)
 
     def _count(self, item: Fetched) -> None:
         for missed in item.skips:
@@ -331,7 +272,7 @@ class Loader:
 
     def where(self) -> str:
         """The shards that the next batch reads, for the message when a worker dies or nothing comes."""
-        draws = [self.plan.at(p) for p in range(self.position + self._slice[0], self.position + self._slice[1])]
+        draws = [self.plan.at(p) for p in range(self.position, self.position + self.batch_size)]
         urls = {shown(self._fetcher.readers[d.source].shards[d.shard].url) for d in draws}
         return f"after position {self.position:,}, which reads {', '.join(sorted(urls)[:5])}"
 
@@ -384,7 +325,19 @@ def open_loader(
         allow_changed=options.allow_changed,
         on_skip=on_skip,
         fill_id=None if tokenizer is None or not options.fill else tokenizer.pad_id,
+        pack_length=options.pack_length,
+        budget=_budget(options),
     )
+
+
+def _budget(options: DataConfig) -> TokenBudget | None:
+    if options.max_tokens is None:
+        return None
+    if options.fill:
+        raise ConfigError("data.fill lengthens rows to the longest of a batch; leave it out, or data.max_tokens")
+    if options.multiple > options.batch_size:
+        raise ConfigError(f"data.multiple is {options.multiple}, data.batch_size at most {options.batch_size} samples")
+    return TokenBudget(options.max_tokens, options.multiple, options.batch_size, options.pack_length is not None)
 
 
 def _answers(source: SourceConfig, shards: Sequence[ShardIndex]) -> list[set[str]]:

@@ -1,42 +1,46 @@
-"""The image of a sample as a model sees it: one square or the crops of its tiling, and the slots they take.
+"""The images of a sample as a model sees them: squares or the crops of their tiling, and the slots they take.
 
 Decoding is ``mmdiff.images``'; squares, their augmentation and their memory are ``transforms``'.
 """
 
 from __future__ import annotations
 
+import io
 import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from mmdiff.batch import Layout
 from mmdiff.errors import ConfigError, SampleError
-from mmdiff.images import cut, decode
+from mmdiff.images import Limits, cut, decode, views_of
 
 from .reader import Sample
 from .transforms import PixelCache, Pixels
 
-__all__ = ["Picture", "Pictures"]
+__all__ = ["Picture", "PictureSizes", "Pictures"]
+
+_ORIENTATION, _LYING = 0x0112, (5, 6, 7, 8)
 
 
 @dataclass(frozen=True)
 class Picture:
-    """What a sequence needs to know of an image.
+    """What a sequence needs to know of its images.
 
     Attributes:
-        slots: Image tokens it takes.
-        given: The fields of `mmdiff.batch.Example` that hold it: ``pixels`` or ``images``.
+        slots: Image tokens of each.
+        given: The fields of `mmdiff.batch.Example` that hold them: ``pixels`` or ``images``.
     """
 
-    slots: int
+    slots: tuple[int, ...]
     given: dict[str, Any]
 
 
 class Pictures:
-    """Makes the picture of a sample.
+    """Makes the pictures of a sample.
 
     Args:
         options: A task's configuration with ``fit``, ``augment`` and perhaps ``crops``.
@@ -55,19 +59,78 @@ class Pictures:
         self._pixels = Pixels(layout.image_size, options.fit, options.augment, cache)
 
     def square(self, sample: Sample, generator: torch.Generator) -> Tensor:
-        """The image as one square, [1, 3, S, S].
+        """The first image as one square, [1, 3, S, S].
 
         Raises:
             SampleError: No image, or one that cannot be decoded.
         """
         return self._pixels(sample, generator)
 
-    def __call__(self, sample: Sample, generator: torch.Generator) -> Picture:
-        """The image as the model reads it; errors as in `square`."""
+    def __call__(self, sample: Sample, generator: torch.Generator, count: int = 1) -> Picture:
+        """The first ``count`` images as the model reads them.
+
+        Raises:
+            SampleError: Fewer images, or one that cannot be decoded.
+        """
+        images = images_of(sample, count)
         if self.tiling is None:
-            return Picture(self.layout.features, {"pixels": self.square(sample, generator)})
+            squares = [self._pixels(sample, generator, number) for number in range(count)]
+            return Picture((self.layout.features,) * count, {"pixels": torch.cat(squares)})
         try:
-            (crops,) = cut([decode(sample.image())], self.layout.image_size, self.tiling)
+            crops = cut([decode(data) for data in images], self.layout.image_size, self.tiling)
         except SampleError as error:
             raise SampleError(error.reason, f"{sample}: {error}") from None
-        return Picture(crops.view.tokens(math.isqrt(self.layout.features)), {"images": (crops,)})
+        grid = math.isqrt(self.layout.features)
+        return Picture(tuple(c.view.tokens(grid) for c in crops), {"images": tuple(crops)})
+
+    def sizes(self) -> PictureSizes:
+        """What tells the slots of the same pictures without decoding them."""
+        return PictureSizes(self)
+
+
+class PictureSizes:
+    """Takes the place of `Pictures` where only lengths are asked for: slots from the images' headers, no pixels.
+
+    Args:
+        pictures: What it stands for.
+    """
+
+    def __init__(self, pictures: Pictures) -> None:
+        self._layout, self._tiling = pictures.layout, pictures.tiling
+
+    @property
+    def reads_headers(self) -> bool:
+        """Whether the slots depend on the images at all."""
+        return self._tiling is not None
+
+    def square(self, sample: Sample, generator: torch.Generator) -> None:
+        """Nothing; a square has no length."""
+
+    def __call__(self, sample: Sample, generator: torch.Generator, count: int = 1) -> Picture:
+        """Slots of the first ``count`` images; errors as in `Pictures`, as far as headers tell."""
+        if self._tiling is None:
+            return Picture((self._layout.features,) * count, {})
+        sizes = [_upright_size(sample, data) for data in images_of(sample, count)]
+        grid = math.isqrt(self._layout.features)
+        return Picture(tuple(v.tokens(grid) for v in views_of(sizes, self._layout.image_size, self._tiling)), {})
+
+
+def images_of(sample: Sample, count: int) -> list[bytes]:
+    """Bytes of the first ``count`` images.
+
+    Raises:
+        SampleError: Reason ``"missing_image"``: there are fewer.
+    """
+    images = [sample.image()] if count == 1 else sample.images()
+    if len(images) < count:
+        raise SampleError("missing_image", f"{sample}: {count} images are asked for, it holds {len(images)}")
+    return images[:count]
+
+
+def _upright_size(sample: Sample, data: bytes) -> tuple[int, int]:
+    try:
+        with Image.open(io.BytesIO(data), formats=Limits().formats) as image:
+            lying = image.getexif().get(_ORIENTATION) in _LYING
+            return (image.height, image.width) if lying else (image.width, image.height)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise SampleError("undecodable_image", f"{sample}: {type(error).__name__}: {error}") from None

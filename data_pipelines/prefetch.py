@@ -60,12 +60,12 @@ def _fill(make: Callable[[Any], T], inputs: Iterator[Any], ready: queue.Queue[An
 
 
 class _Chunks(Dataset):
-    """A map-style dataset whose "index" is a range of positions."""
+    """A map-style dataset whose "index" is a part of a batch."""
 
     def __init__(self, make: Callable[[Any], Any]) -> None:
         self._make = make
 
-    def __getitem__(self, chunk: range) -> Any:
+    def __getitem__(self, chunk: Any) -> Any:
         try:
             return self._make(chunk)
         except MmdiffError as error:

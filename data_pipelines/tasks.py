@@ -9,6 +9,7 @@ A sample's JSON may hold ``caption`` (text), ``captions`` (list of texts), ``con
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -67,7 +68,7 @@ class _Task:
     def __init__(self, options: Any, tokenizer: Any, layout: Layout, cache: PixelCache | None) -> None:
         self.options, self.tokenizer, self.layout = options, tokenizer, layout
         if hasattr(options, "fit"):
-            self.picture = Pictures(options, layout, cache)
+            self.picture: Any = Pictures(options, layout, cache)
 
     def example(
         self,
@@ -99,8 +100,28 @@ class _Task:
             **given,
         )
 
+    def length(self, sample: Sample, generator: torch.Generator) -> int:
+        """Slots of the example that the same arguments give, without decoding images.
+
+        Raises:
+            SampleError: What tells without pixels that the sample cannot be used.
+        """
+        twin = copy.copy(self)
+        if hasattr(self, "picture"):
+            twin.picture = self.picture.sizes()
+        return len(twin(sample, generator).ids)
+
+    @property
+    def reads_images(self) -> bool:
+        """Whether `length` needs the images' bytes."""
+        return hasattr(self, "picture") and self.picture.sizes().reads_headers
+
+    def __call__(self, sample: Sample, generator: torch.Generator) -> Example:
+        """One example."""
+        raise NotImplementedError
+
     def conversation(
-        self, sample: Sample, messages: Sequence[Mapping[str, Any]], slots: int
+        self, sample: Sample, messages: Sequence[Mapping[str, Any]], slots: Sequence[int]
     ) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids of a whole conversation and the span of every answer in it."""
         ids: list[int] = []
@@ -110,7 +131,9 @@ class _Task:
                 continue
             # What is learnt of each answer is what follows a prompt, so that training meets the ids of inference.
             answer = message["content"][0]["text"]
-            chat = self.tokenizer.chat(messages[:number], slots, answer, system=self.layout.system)
+            asked = messages[:number]
+            used = slots[: sum(part["type"] == "image" for m in asked for part in m["content"])]
+            chat = self.tokenizer.chat(asked, used, answer, system=self.layout.system)
             if chat.ids[: len(ids)] != ids:
                 raise SampleError("bad_conversation", f"{sample}: the template does not extend turn by turn")
             ids = chat.ids
@@ -148,7 +171,7 @@ class _Caption(_Task):
         answer = _caption(sample, self.options, generator)
         picture = self.picture(sample, generator)
         if self.options.template == "plain":
-            plain = self.tokenizer.plain(answer, picture.slots)
+            plain = self.tokenizer.plain(answer, sum(picture.slots))
             return self.example(sample, plain.ids, dict.fromkeys(plain.spans, 1.0), **picture.given)
         messages = _ask_about_image(self.options.prompt)
         chat = self.tokenizer.chat(messages, picture.slots, answer, system=self.layout.system)
@@ -185,14 +208,15 @@ class _Vqa(_Task):
 class _Chat(_Task):
     def __call__(self, sample: Sample, generator: torch.Generator) -> Example:
         messages = read_conversation(sample)
-        has_image = any(part["type"] == "image" for m in messages for part in m["content"])
-        if has_image and not self.layout.features:
+        images = sum(part["type"] == "image" for m in messages for part in m["content"])
+        if images and not self.layout.features:
             raise ConfigError("task 'chat': the data holds images, but this model does not see any")
-        picture = self.picture(sample, generator) if has_image else Picture(0, {})
+        picture = self.picture(sample, generator, images) if images else Picture((), {})
         if self.options.labels == "published":
             return self.published(sample, picture)
         if self.options.system:
-            messages.insert(0, {"role": "system", "content": self.options.system})
+            told = [{"type": "text", "text": self.options.system}]
+            messages.insert(0, {"role": "system", "content": told})
         ids, spans = self.conversation(sample, messages, picture.slots)
         return self.answered(sample, ids, spans, **picture.given)
 

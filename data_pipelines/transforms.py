@@ -35,6 +35,10 @@ class AugmentConfig:
     """Scale brightness, contrast and saturation by up to 1 plus or minus this. Not for questions about colours."""
 
 
+CacheKey = tuple[str, str, int, int, str]
+"""Shard, key, number of the image, side, fit."""
+
+
 class PixelCache:
     """Decoded images kept as uint8, up to a number of bytes; when full, nothing more is added.
 
@@ -46,17 +50,17 @@ class PixelCache:
 
     def __init__(self, max_bytes: int) -> None:
         self._left = max_bytes
-        self._images: dict[tuple[str, str, int, str], Tensor] = {}
+        self._images: dict[CacheKey, Tensor] = {}
 
     def __len__(self) -> int:
         return len(self._images)
 
-    def get(self, key: tuple[str, str, int, str]) -> Float[Tensor, "3 S S"] | None:
+    def get(self, key: CacheKey) -> Float[Tensor, "3 S S"] | None:
         """The pixels, exactly as they were added, or None."""
         image = self._images.get(key)
         return None if image is None else image.float().div_(127.5).sub_(1.0)
 
-    def add(self, key: tuple[str, str, int, str], pixels: Float[Tensor, "3 S S"]) -> None:
+    def add(self, key: CacheKey, pixels: Float[Tensor, "3 S S"]) -> None:
         """Keep an image that came from 8-bit values."""
         if pixels.numel() <= self._left:
             self._left -= pixels.numel()
@@ -83,23 +87,24 @@ class Pixels:
     ) -> None:
         self.size, self.fit, self.augmentation, self.cache = size, fit, augmentation, cache
 
-    def __call__(self, sample: Sample, generator: torch.Generator) -> Float[Tensor, "1 3 S S"]:
-        """Decoded, fitted and augmented image in [-1, 1].
+    def __call__(self, sample: Sample, generator: torch.Generator, number: int = 0) -> Float[Tensor, "1 3 S S"]:
+        """Decoded, fitted and augmented image in [-1, 1]; ``number`` counts the sample's images from 0.
 
         Raises:
             SampleError: No image, or one that cannot be decoded.
         """
-        key = (sample.url, sample.key, self.size, self.fit)
+        key = (sample.url, sample.key, number, self.size, self.fit)
         pixels = self.cache.get(key) if self.cache is not None else None
         if pixels is None:
-            pixels = self._decode(sample)
+            pixels = self._decode(sample, number)
             if self.cache is not None:
                 self.cache.add(key, pixels)
         return (pixels if self.augmentation is None else augment(pixels, self.augmentation, generator))[None]
 
-    def _decode(self, sample: Sample) -> Float[Tensor, "3 S S"]:
+    def _decode(self, sample: Sample, number: int) -> Float[Tensor, "3 S S"]:
         try:
-            return to_pixels(decode(sample.image()), self.size, self.fit)
+            data = sample.images()[number] if number else sample.image()
+            return to_pixels(decode(data), self.size, self.fit)
         except SampleError as error:
             text = str(error)
             raise SampleError(error.reason, text if text.startswith(str(sample)) else f"{sample}: {text}") from None

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-__all__ = ["IGNORE", "IMAGE", "Batch", "Example", "Layout", "collate", "expand", "fill"]
+__all__ = ["IGNORE", "IMAGE", "Batch", "Example", "Layout", "PackedRows", "Packing", "collate", "expand", "fill"]
 
 IMAGE = -200
 """Placeholder id of a vision feature (published code of LLaVA and LLaDA-V)."""
@@ -97,6 +97,90 @@ class Example:
     images: tuple[Any, ...] = ()
 
 
+@dataclass(frozen=True)
+class PackedRows:
+    """Where every slot of packed rows comes from; each packed row holds several samples that do not see each other.
+
+    Attributes:
+        place: Int64 [R, P], slot of the batch counted over all its rows; -1 for padding.
+        segments: Int64 [R, P], number of the sample within its packed row; padding has a number of its own.
+        positions: Int64 [R, P], places within the sample: they start again at every sample.
+    """
+
+    place: Int[Tensor, "R P"]
+    segments: Int[Tensor, "R P"]
+    positions: Int[Tensor, "R P"]
+
+    @property
+    def attend(self) -> Bool[Tensor, "R P P"]:
+        """True where a slot (first axis) may see another: in its own sample, padding in the padding."""
+        return self.segments[:, :, None] == self.segments[:, None, :]
+
+    def gather(self, values: Tensor) -> Tensor:
+        """[B, L, ...] as [R, P, ...]; padding repeats the first slot, which nobody sees."""
+        return values.flatten(0, 1)[self.place.clamp_min(0)]
+
+    def scatter(self, values: Tensor, rows: int, length: int) -> Tensor:
+        """[R, P, ...] back to [rows, length, ...], zeros at the batch's padding."""
+        out = values.new_zeros(rows * length, *values.shape[2:])
+        real = self.place >= 0
+        return out.index_put((self.place[real],), values[real]).unflatten(0, (rows, length))
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Which rows of a batch run through a network side by side.
+
+    Loss, noise and labels stay with the rows of the batch; only what the network computes is arranged otherwise, so
+    what is learnt is the same.
+
+    Attributes:
+        rows: Numbers of the batch's rows in each packed row, each in one of them.
+        lengths: Real slots of each row of the batch; they come before its padding.
+    """
+
+    rows: tuple[tuple[int, ...], ...]
+    lengths: tuple[int, ...]
+
+    def __getitem__(self, part: slice) -> Packing:
+        """The packing of consecutive rows of the batch."""
+        kept = range(len(self.lengths))[part]
+        rows = (tuple(i - kept.start for i in row if i in kept) for row in self.rows)
+        return Packing(tuple(row for row in rows if row), self.lengths[part])
+
+    @property
+    def share(self) -> float:
+        """Real slots among all slots of the packed rows."""
+        sizes = [sum(self.lengths[i] for i in row) for row in self.rows]
+        return sum(sizes) / max(len(sizes) * max(sizes, default=0), 1)
+
+    def twice(self) -> Packing:
+        """The packing of the batch followed by itself."""
+        again = tuple(tuple(i + len(self.lengths) for i in row) for row in self.rows)
+        return Packing(self.rows + again, self.lengths * 2)
+
+    def layout(self, length: int, device: torch.device | str = "cpu") -> PackedRows:
+        """The packed rows as tensors.
+
+        Args:
+            length: L, slots of the batch's rows with their padding.
+            device: Where the tensors live.
+        """
+        width = max(sum(self.lengths[i] for i in row) for row in self.rows)
+        place = torch.full((len(self.rows), width), -1)
+        segments = torch.full((len(self.rows), width), -1)
+        positions = torch.zeros((len(self.rows), width), dtype=torch.int64)
+        for r, row in enumerate(self.rows):
+            start = 0
+            for number, i in enumerate(row):
+                here = slice(start, start + self.lengths[i])
+                positions[r, here] = torch.arange(self.lengths[i])
+                place[r, here] = i * length + positions[r, here]
+                segments[r, here] = number
+                start = here.stop
+        return PackedRows(place.to(device), segments.to(device), positions.to(device))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Batch:
     """Examples of one step, right-padded.
@@ -115,6 +199,7 @@ class Batch:
         images: Per row its images as `mmdiff.images.Crops`, instead of ``pixels``; empty if there are none at all.
         t: Float32 [B], times of the rows if they were drawn for a whole step; None if the objective draws them.
         masked: Bool [B, N], masked image tokens if they were drawn for a whole step; None if the objective draws them.
+        packing: Which rows run through the network side by side in one longer row; None: each by itself.
     """
 
     keys: tuple[str, ...]
@@ -130,6 +215,7 @@ class Batch:
     images: tuple[tuple[Any, ...], ...] = ()
     t: Float[Tensor, "B"] | None = None
     masked: Bool[Tensor, "B N"] | None = None
+    packing: Packing | None = None
 
     def __len__(self) -> int:
         return len(self.keys)

@@ -15,7 +15,7 @@ from mmdiff.images.decoding import (
     to_uint8,
 )
 from mmdiff.images.sheets import encode_png, grid
-from mmdiff.images.tiles import Crops, Tiling, crop_sizes, cut, film, sample_frames, to_shape
+from mmdiff.images.tiles import Crops, Tiling, crop_sizes, cut, film, sample_frames, to_shape, views_of
 from mmdiff.images.views import Flat, Frames, Tiles, View
 
 __all__ = [
@@ -40,4 +40,5 @@ __all__ = [
     "to_pixels",
     "to_shape",
     "to_uint8",
+    "views_of",
 ]

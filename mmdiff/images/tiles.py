@@ -21,7 +21,18 @@ from mmdiff.errors import ConfigError
 from mmdiff.images.decoding import DEFAULT_LIMITS, ImageInput, open_image, to_pixels
 from mmdiff.images.views import Flat, Frames, Newlines, Tiles, View
 
-__all__ = ["Crops", "Size", "Tiling", "best_canvas", "crop_sizes", "cut", "film", "sample_frames", "to_shape"]
+__all__ = [
+    "Crops",
+    "Size",
+    "Tiling",
+    "best_canvas",
+    "crop_sizes",
+    "cut",
+    "film",
+    "sample_frames",
+    "to_shape",
+    "views_of",
+]
 
 Size = tuple[int, int]
 """Width and height in pixels."""
@@ -154,6 +165,26 @@ def to_shape(image: ImageInput, sizes: Sequence[Size]) -> Float[Tensor, "3 H W"]
     left, top = (grown[0] - width) // 2, (grown[1] - height) // 2
     cut_out = rgb.resize(grown, Image.Resampling.BICUBIC).crop((left, top, left + width, top + height))
     return torch.from_numpy(np.array(cut_out)).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def views_of(sizes: Sequence[Size], size: int, tiling: Tiling | None = None) -> list[Flat | Tiles]:
+    """The views that `cut` gives pictures of these sizes (width, height), without their pixels.
+
+    Args:
+        sizes: Of the pictures of one prompt, upright.
+        size: Side of a crop in pixels.
+        tiling: As in `cut`.
+
+    Raises:
+        ConfigError: Pinpoints that do not fit ``size``.
+    """
+    if tiling is None:
+        return [Flat() for _ in sizes]
+    if len(sizes) > 1 or tiling.crops != "anyres":
+        return [Flat(newline=tiling.newlines) for _ in sizes]
+    canvas = best_canvas(sizes[0], tiling.canvases(size))
+    columns, rows = canvas[0] // size, canvas[1] // size
+    return [Tiles(columns, rows, sizes[0], tiling.limit) if tiling.newlines else Flat(1 + columns * rows)]
 
 
 def film(frames: Sequence[ImageInput], size: int, tiling: Tiling) -> Crops:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmdiff import rng
-from mmdiff.batch import IGNORE, Batch
+from mmdiff.batch import IGNORE, Batch, Packing
 from mmdiff.config import Field, config
 from mmdiff.diffusion import bounds, masking, noise, objectives
 from mmdiff.errors import ConfigError
@@ -103,7 +103,7 @@ class Masked:
         embeds = model.embed_slots(noised.ids, _seen(batch))
         if self.complementary:
             return self._both_halves(model, batch, noised, embeds)
-        hidden = model.hidden(embeds=embeds, valid=batch.valid)
+        hidden = _hidden(model, embeds, batch, batch.packing)
         text, weights = noised.text, batch.weights * noised.labels_text
         terms: dict[str, tuple[Tensor, int]] = {}
         total, sums = hidden.new_zeros(()), dict[str, Tensor]()
@@ -150,7 +150,8 @@ class Masked:
         told = model.embed_slots(batch.ids.masked_fill(~labels, 0)).to(embeds.dtype)
         other = torch.where(second[..., None], mask.to(embeds.dtype), torch.where(first[..., None], told, embeds))
         both = torch.cat([first, second])
-        hidden = model.hidden(embeds=torch.cat([embeds, other]), valid=batch.valid.repeat(2, 1))
+        packing = None if batch.packing is None else batch.packing.twice()
+        hidden = _hidden(model, torch.cat([embeds, other]), batch, packing)
         loss = objectives.chunked_cross_entropy(hidden[both], batch.labels.repeat(2, 1)[both], self._text_head(model))
         weights = (batch.weights * labels).repeat(2, 1)
         summed = row_sum(loss * weights[both], both).unflatten(0, (2, -1)).sum(0)
@@ -261,6 +262,16 @@ def _noise(spec: Masked, model: Any, batch: Batch, source: rng.Source) -> _Noise
     dropped = (drop < spec.drop_prompt)[:, None] & is_code.any(1, keepdim=True) & batch.droppable
     ids = batch.ids.masked_fill(text | dropped, _mask_id(model))
     return _Noised(ids.masked_fill(image, layout.code_mask_id), text, image, labels_text, p)
+
+
+def _hidden(model: Any, embeds: Tensor, batch: Batch, packing: Packing | None) -> Tensor:
+    """Hidden states of the batch's rows, or of as many copies of them as ``embeds`` holds; packed if the batch is."""
+    copies, length = len(embeds) // len(batch), embeds.shape[1]
+    if packing is None:
+        return model.hidden(embeds=embeds, valid=batch.valid.repeat(copies, 1))
+    packed = packing.layout(length, embeds.device)
+    hidden = model.hidden(embeds=packed.gather(embeds), attend=packed.attend, positions=packed.positions)
+    return packed.scatter(hidden, len(embeds), length)
 
 
 def _mask_id(model: Any) -> int:

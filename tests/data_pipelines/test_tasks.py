@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
+import re
 from collections import Counter
 from typing import Any
 
@@ -30,6 +32,8 @@ from mmdiff.config import config, parse
 from mmdiff.errors import ConfigError, SampleError
 from mmdiff.rng import generator
 from mmdiff.text import Tokenizer
+
+from .conftest import png
 
 
 def sample(**members: bytes) -> Sample:
@@ -230,7 +234,7 @@ OBJECTS = (
         (VqaConfig(kinds=("x",)), {"json": info(qa=[["q", "a", "k"]])}, "missing_qa"),
         (ChatConfig(), {"json": info()}, "bad_conversation"),
         (ChatConfig(), {"json": conversation("<image>", "yes")}, "bad_conversation"),
-        (ChatConfig(), {"json": conversation("<image> a <image>", "yes")}, "bad_conversation"),
+        (ChatConfig(), {"json": conversation("<image> a <image>", "yes")}, "missing_image"),
         (ChatConfig(), {"json": b'{"conversations": [{"from": "robot", "value": "x"}]}'}, "bad_conversation"),
         (TextToImageConfig(), {"json": info()}, "missing_codes"),
         (TextToImageConfig(), {"json": info(), "codes_npy": b"junk"}, "bad_codes"),
@@ -311,3 +315,30 @@ def test_augmentation_is_repeatable_and_does_what_it_says() -> None:
     assert len(moved) > 5
     gone = augment(pixels, AugmentConfig(shift_px=50), generator(1))
     assert gone.eq(1).all()
+
+
+def test_several_images_stand_where_their_placeholders_do(make, tokenizer: Tokenizer, layout: Layout) -> None:
+    turns = [
+        {"from": "human", "value": "first <image> second <image> same?"},
+        {"from": "gpt", "value": "no"},
+        {"from": "human", "value": "and this? <image>"},
+        {"from": "gpt", "value": "yes"},
+    ]
+    shown = {"png": png(10), "image2.png": png(20), "image3.png": png(30)}
+    what = Sample("k", "s.tar", {**shown, "json": json.dumps({"conversations": turns}).encode()})
+    e = make(ChatConfig(), what)
+    assert e.pixels is not None
+    assert e.pixels.shape == (3, 3, layout.image_size, layout.image_size)
+    reds = [round(float(p[0, 0, 0] + 1) * 127.5) for p in e.pixels]
+    assert reds == [10, 20, 30]
+    runs = ["image" if k else tokenizer.decode([int(i) for i in g]).strip() for k, g in _runs(e)]
+    order = re.findall(r"first|second|same|image|this", " ".join(runs))
+    # A single picture of a turn stands at its front, several stay where they are.
+    assert order == ["first", "image", "second", "image", "same", "image", "this"]
+    assert int((e.ids == IMAGE).sum()) == 3 * layout.features
+    task = build_task(ChatConfig(), tokenizer, layout)
+    assert task.length(what, generator(0, "test")) == len(e.ids)  # type: ignore[attr-defined]
+
+
+def _runs(e: Example) -> Any:
+    return ((key, list(group)) for key, group in itertools.groupby(e.ids.tolist(), lambda i: i == IMAGE))
