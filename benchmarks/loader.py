@@ -1,91 +1,231 @@
-"""Samples per second of our indexed reader beside webdataset's own pipeline, on the same shards in the same run.
+"""Reading shards: ours beside webdataset's own pipeline, beside raw ``pread``, and decoding beside Pillow alone.
 
-Run: ``python benchmarks/loader.py [SHARDS]``. Both sides do the same work on one thread of one process: read every
-sample's bytes, then read and decode image and JSON. Ours reads in random order and checks every member's crc32;
-webdataset reads sequentially through a shuffle buffer and checks nothing. The ratio is ours / theirs.
+Run: ``python benchmarks/loader.py [--samples N] [--bytes N] [--rounds N] [--folder DIR]``. All runs in one process, in
+turns within each round, on the same shards; printed are the medians over the rounds and their ratios.
+
+* reading: every sample's bytes in shuffled order. Ours follows the plan (any order, resumable) and checks every crc32,
+  with two threads; webdataset reads sequentially through a shuffle buffer of 1,000 and checks nothing; raw is
+  ``os.pread`` of the same bytes in the same order from a list of places, and nothing else. Once from the page cache,
+  by the clock and per second of processor time (which other programs on the machine disturb less), and once from the
+  disk, the shards being dropped from the cache before every epoch.
+* decoding: bytes to [3, S, S] floats. Ours with all limits, orientation and alpha; Pillow's open, convert, resize and a
+  copy to a tensor; torchvision's decoder and resize, if it is there.
+* resuming: from an opened loader to the first batch at position 0 and at position 10^6.
 """
 
 from __future__ import annotations
 
+import argparse
+import io
+import itertools
 import json
+import os
+import statistics
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 
+from data_pipelines.loader import DataConfig, open_loader
+from data_pipelines.pack import write_shards
 from data_pipelines.plan import Plan, SourceTable
-from data_pipelines.reader import ShardReader
+from data_pipelines.reader import Sample, ShardReader
 from data_pipelines.source import open_shards
+from mmdiff.batch import Layout
+from mmdiff.config import parse
 from mmdiff.images import decode, to_pixels
 
-ROUNDS = 5
-SIDE = 64
+SIDE, BATCH = 224, 64
 
 
-def ours(shards: str) -> Callable[[], Iterator[tuple[bytes, bytes]]]:
-    """Image and JSON bytes in the plan's order."""
+def picture(number: int, size: int) -> bytes:
+    """A photograph-like JPEG of about ``size`` bytes."""
+    draw = np.random.RandomState(number)
+    base = Image.fromarray(draw.randint(0, 255, (12, 16, 3), dtype=np.uint8)).resize(
+        (400, 300), Image.Resampling.BICUBIC
+    )
+    noise = draw.randint(-12, 12, (300, 400, 3))
+    image = Image.fromarray((np.asarray(base, dtype=np.int16) + noise).clip(0, 255).astype(np.uint8))
+    out = io.BytesIO()
+    for quality in (90, 80, 70, 60, 50, 40, 30, 20):
+        out = io.BytesIO()
+        image.save(out, "JPEG", quality=quality)
+        if out.tell() <= size:
+            break
+    return out.getvalue()
+
+
+def make(folder: Path, samples: int, size: int) -> str:
+    """Shards of that many samples; a few pictures repeat."""
+    pictures = [picture(i, size) for i in range(32)]
+
+    def rows() -> Iterator[tuple[str, dict[str, bytes]]]:
+        for i in range(samples):
+            yield f"{i:08d}", {"jpg": pictures[i % 32], "json": json.dumps({"caption": f"picture {i}"}).encode()}
+
+    write_shards(rows(), folder, "bench", 1000)
+    return str(folder)
+
+
+def ours(shards: str) -> Callable[[], int]:
+    """An epoch in the plan's order."""
     indexes = open_shards(shards)
-    plan, reader = Plan(0, [SourceTable.from_shards(indexes)]), ShardReader(indexes, ("webp", "png", "jpg", "json"))
+    plan, reader = Plan(0, [SourceTable.from_shards(indexes)]), ShardReader(indexes)
     total = sum(len(i) for i in indexes)
 
-    def epoch() -> Iterator[tuple[bytes, bytes]]:
-        for position in range(total):
-            draw = plan.at(position)
-            sample = reader.read(draw.shard, draw.sample)
-            yield sample.image(), sample.members["json"]
+    def epoch() -> int:
+        count = 0
+        for start in range(0, total, BATCH):
+            draws = [plan.at(position) for position in range(start, min(start + BATCH, total))]
+            samples = reader.read_many([(draw.shard, draw.sample) for draw in draws])
+            count += sum(isinstance(sample, Sample) for sample in samples)
+        return count
 
     return epoch
 
 
-def theirs(shards: str) -> Callable[[], Iterator[tuple[bytes, bytes]]]:
-    """The same through webdataset."""
+def webdatasets(shards: str) -> Callable[[], int]:
+    """An epoch through webdataset, shuffled."""
     import webdataset
 
     urls = [index.url for index in open_shards(shards)]
 
-    def epoch() -> Iterator[tuple[bytes, bytes]]:
+    def epoch() -> int:
         dataset = webdataset.WebDataset(urls, shardshuffle=False, empty_check=False).shuffle(1000, seed=0)
-        for sample in dataset:
-            yield next(sample[s] for s in ("webp", "png", "jpg") if s in sample), sample["json"]
+        return sum(1 for _ in dataset)
 
     return epoch
 
 
-def work(samples: Iterable[tuple[bytes, bytes]]) -> int:
-    """Decode everything; returns the number of samples."""
-    count = 0
-    for image, info in samples:
-        to_pixels(decode(image), SIDE)
-        json.loads(info)
-        count += 1
-    return count
+def raw(shards: str) -> Callable[[], int]:
+    """The same bytes in the same order as `ours`, by nothing but pread."""
+    indexes = open_shards(shards)
+    plan = Plan(0, [SourceTable.from_shards(indexes)])
+    files = [os.open(index.url, os.O_RDONLY) for index in indexes]
+    places = []
+    for position in range(sum(len(i) for i in indexes)):
+        draw = plan.at(position)
+        members = indexes[draw.shard][draw.sample].members.values()
+        start, end = min(m.offset for m in members), max(m.offset + m.size for m in members)
+        places.append((files[draw.shard], end - start, start))
+
+    def epoch() -> int:
+        return sum(len(os.pread(*place)) > 0 for place in places)
+
+    return epoch
 
 
-def speed(task: Callable[[], int]) -> float:
-    """Best samples per second of several rounds."""
-    best = 0.0
-    for _ in range(ROUNDS):
-        start = time.perf_counter()
-        count = task()
-        best = max(best, count / (time.perf_counter() - start))
-    return best
+def decoders(shards: str, count: int = 256) -> dict[str, Callable[[], int]]:
+    """Ways to turn the same encoded pictures into tensors."""
+    reader = ShardReader(open_shards(shards))
+    data = [reader.read(0, i).members["jpg"] for i in range(count)]
+
+    def run(one: Callable[[bytes], torch.Tensor]) -> Callable[[], int]:
+        return lambda: sum(one(d).shape[-1] == SIDE for d in data)
+
+    def pillow(one: bytes) -> torch.Tensor:
+        image = Image.open(io.BytesIO(one)).convert("RGB").resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div_(127.5).sub_(1)
+
+    found = {"ours": run(lambda d: to_pixels(decode(d), SIDE)), "pillow": run(pillow)}
+    try:
+        from torchvision.io import ImageReadMode, decode_jpeg
+        from torchvision.transforms.v2 import functional
+    except ImportError:
+        return found
+
+    def vision(one: bytes) -> torch.Tensor:
+        image = decode_jpeg(torch.frombuffer(bytearray(one), dtype=torch.uint8), ImageReadMode.RGB)
+        # Bicubic with antialiasing, as the others; on bytes, which is its fastest way.
+        small = functional.resize(image, [SIDE, SIDE], functional.InterpolationMode.BICUBIC, antialias=True)
+        return small.float().div_(127.5).sub_(1)
+
+    return {**found, "torchvision": run(vision)}
 
 
-def main(shards: str = "embedded:emoji/train") -> None:
-    """Measure and print a table."""
+def resume(shards: str, position: int) -> float:
+    """Seconds from a saved position to the first batch."""
+    source = {"shards": [shards], "tasks": [{"type": "image"}]}
+    loader = open_loader(
+        parse(DataConfig, {"sources": [source], "batch_size": 32}, "x"), None, Layout(image_size=64), seed=0
+    )
+    start = time.perf_counter()
+    loader.load_state_dict({"position": position, "plan_hash": loader.plan.hash})
+    batches = iter(loader)
+    next(batches)
+    seconds = time.perf_counter() - start
+    batches.close()  # type: ignore[attr-defined]
+    return seconds
+
+
+def drop(shards: str) -> None:
+    """Have the system forget the shards' pages; what is dirty is written first."""
+    for index in open_shards(shards):
+        descriptor = os.open(index.url, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+def medians(
+    tasks: dict[str, Callable[[], int]], rounds: int, before: Callable[[], None] = lambda: None
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Median samples per second by the clock and of processor time of each task; they take turns in every round."""
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in tasks}
+    for _ in range(rounds):
+        for name, task in tasks.items():
+            before()
+            start, used = time.perf_counter(), time.process_time()
+            count = task()
+            clock, work = time.perf_counter() - start, time.process_time() - used
+            found[name].append((count / clock, count / work))
+    by_clock, by_work = (
+        {name: statistics.median(speed[kind] for speed in speeds) for name, speeds in found.items()} for kind in (0, 1)
+    )
+    return by_clock, by_work
+
+
+def table(title: str, speeds: dict[str, float]) -> Iterable[str]:
+    """Lines of one comparison: speeds, and ours over each of the others."""
+    yield title
+    for name, speed in speeds.items():
+        ratio = "" if name == "ours" else f"   ours / {name} {speeds['ours'] / speed:6.2f}"
+        yield f"  {name:12} {speed:10,.0f}{ratio}"
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--samples", type=int, default=8000)
+    parser.add_argument("--bytes", type=int, default=22_000)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--folder", help="where the shards are made; default: the system's temporary folder")
+    options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    a, b = ours(shards), theirs(shards)
-    rows = [
-        ("bytes only", speed(lambda: sum(1 for _ in a())), speed(lambda: sum(1 for _ in b()))),
-        ("decoded", speed(lambda: work(a())), speed(lambda: work(b()))),
-    ]
-    sys.stdout.write(f"{'samples/s':12} {'ours':>10} {'webdataset':>11} {'ratio':>6}\n")
-    for name, x, y in rows:
-        sys.stdout.write(f"{name:12} {x:10,.0f} {y:11,.0f} {x / y:6.2f}\n")
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        shards = make(Path(folder), options.samples, options.bytes)
+        readers = {"ours": ours(shards), "webdataset": webdatasets(shards), "raw": raw(shards)}
+        warm, work = medians(readers, options.rounds)
+        cold, _ = medians(readers, options.rounds, lambda: drop(shards))
+        decoding, _ = medians(decoders(shards), options.rounds)
+        seconds = {p: statistics.median(resume(shards, p) for _ in range(options.rounds)) for p in (0, 10**6)}
+    ms = [f"position {p:,}: {s * 1000:.1f} ms" for p, s in seconds.items()]
+    lines = itertools.chain(
+        table("reading from the page cache, samples/s", warm),
+        table("reading from the page cache, samples per second of processor time", work),
+        table("reading from the disk, samples/s", cold),
+        table(f"decoding to {SIDE} pixels, samples/s", decoding),
+        [f"first batch after resuming: {', '.join(ms)}   ratio {seconds[10**6] / seconds[0]:.2f}"],
+    )
+    sys.stdout.write("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

@@ -19,7 +19,7 @@ from .index import SUFFIXES
 from .packing import TokenBudget, pack
 from .plan import Draw, Plan
 from .ranges import shown
-from .reader import IMAGE_SUFFIXES, ShardReader
+from .reader import IMAGE_SUFFIXES, Sample, ShardReader
 from .tasks import Task
 
 __all__ = ["MAX_CONSECUTIVE", "Chunk", "Fetched", "Fetcher", "Ruler", "Skip"]
@@ -99,8 +99,9 @@ class Fetcher:
         """The batch of a chunk; None if a position found no usable sample in `MAX_CONSECUTIVE` attempts."""
         examples: list[Example] = []
         skips: list[tuple[Skip, ...]] = []
-        for number, position in enumerate(chunk.positions):
-            example, missed = self._fetch(position, chunk.limits[number] if chunk.limits else None)
+        draws = [self.plan.at(position) for position in chunk.positions]
+        for number, (position, first) in enumerate(zip(chunk.positions, self._read(draws), strict=True)):
+            example, missed = self._fetch(position, first, chunk.limits[number] if chunk.limits else None)
             skips.append(missed)
             if example is None:
                 return Fetched(None, tuple(skips), chunk.end)
@@ -108,14 +109,27 @@ class Fetcher:
         batch = collate(examples if self.fill_id is None else fill(examples, self.fill_id))
         return Fetched(batch if self.pack_length is None else pack(batch, self.pack_length), tuple(skips), chunk.end)
 
-    def _fetch(self, position: int, limit: int | None) -> tuple[Example | None, tuple[Skip, ...]]:
+    def _read(self, draws: Sequence[Draw]) -> list[Sample | SampleError]:
+        """The samples of several draws, read together where they come from the same source."""
+        found: list[Any] = [None] * len(draws)
+        for source, reader in enumerate(self.readers):
+            mine = [i for i, draw in enumerate(draws) if draw.source == source]
+            places = [(draws[i].shard, draws[i].sample) for i in mine]
+            for i, result in zip(mine, reader.read_many(places), strict=True):
+                found[i] = result
+        return found
+
+    def _fetch(
+        self, position: int, first: Sample | SampleError, limit: int | None
+    ) -> tuple[Example | None, tuple[Skip, ...]]:
+        """The example of a position, whose own sample was read before; then its replacements are tried."""
         missed: list[Skip] = []
         attempt = 0
         while len(missed) < MAX_CONSECUTIVE:
             draw = self.plan.replacement(position, attempt) if attempt else self.plan.at(position)
             attempt += 1
             try:
-                example = self._make(draw)
+                example = self._make(draw, first if attempt == 1 else self._read([draw])[0])
                 # A longer replacement is passed over, no fault of its own: the batch was measured without it.
                 if limit is None or len(example.ids) <= limit or attempt > 10 * MAX_CONSECUTIVE:
                     return example, tuple(missed)
@@ -128,8 +142,9 @@ class Fetcher:
                 missed.append(self._skip(draw, position, f"unexpected_{type(error).__name__}", str(error)))
         return None, tuple(missed)
 
-    def _make(self, draw: Draw) -> Example:
-        sample = self.readers[draw.source].read(draw.shard, draw.sample)
+    def _make(self, draw: Draw, sample: Sample | SampleError) -> Example:
+        if isinstance(sample, SampleError):
+            raise sample
         generator = torch.Generator().manual_seed(draw.seed)
         return self.tasks[draw.source][draw.task](sample, generator)
 

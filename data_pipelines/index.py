@@ -26,6 +26,7 @@ __all__ = [
     "SUFFIXES",
     "Entry",
     "Member",
+    "Place",
     "ShardIndex",
     "build_index",
     "index_name",
@@ -56,6 +57,10 @@ class Member(NamedTuple):
     offset: int
     size: int
     crc32: int
+
+
+Place = tuple[str, int, int, int]
+"""Suffix, offset, size and crc32 of a member."""
 
 
 class Entry(NamedTuple):
@@ -106,13 +111,16 @@ class ShardIndex:
     def __getitem__(self, i: int) -> Entry:
         if not 0 <= i < len(self):
             raise IndexError(f"{self.url}: sample {i} of {len(self)}")
-        start, end = (int(self.member_ends[i - 1]) if i else 0), int(self.member_ends[i])
-        members = {
-            self.suffixes[self.suffix[m]]: Member(int(self.offset[m]), int(self.length[m]), int(self.crc32[m]))
-            for m in range(start, end)
-        }
+        members = {suffix: Member(*place) for suffix, *place in self.places(i)}
         group = int(self.concept[i])
         return Entry(self.key(i), members, self.concepts[group] if group >= 0 else None)
+
+    def places(self, i: int) -> list[Place]:
+        """Places of every member of sample ``i``: what reading needs, and no more."""
+        members = slice(int(self.member_ends[i - 1]) if i else 0, int(self.member_ends[i]))
+        suffixes = [self.suffixes[s] for s in self.suffix[members].tolist()]
+        columns = (self.offset[members].tolist(), self.length[members].tolist(), self.crc32[members].tolist())
+        return list(zip(suffixes, *columns, strict=True))
 
     def __iter__(self) -> Iterator[Entry]:
         return (self[i] for i in range(len(self)))

@@ -174,6 +174,8 @@ class Loader:
                 yield item.batch
         finally:
             fetched.close()
+            for reader in self._fetcher.readers:
+                reader.end_threads()
 
     def batch_at(self, position: int) -> Batch:
         """This rank's slice of the batch that begins at ``position``, made here and now; nothing is counted.

@@ -8,6 +8,7 @@ anywhere costs nothing. Reading is ``reader``'s, batching ``loader``'s.
 
 from __future__ import annotations
 
+import bisect
 import functools
 import hashlib
 import json
@@ -19,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mmdiff.errors import ConfigError, ShardError
-from mmdiff.rng import derive
+from mmdiff.rng import derive, series
 
 from .index import ShardIndex
 
@@ -29,7 +30,7 @@ MAX_CYCLE = 100_000
 """Longest cycle of source and task weights."""
 
 _MASK = (1 << 64) - 1
-_ROUNDS = 6
+_ROUND_OFFSETS = tuple(round_ << 58 for round_ in range(6))
 
 
 class Draw(NamedTuple):
@@ -98,20 +99,24 @@ class SourceTable:
             groups = dict(zip(("group_ends", "members"), _group(shards), strict=True))
         return cls(shard_ends=ends, weights=tuple(weights), identity=_identity(shards), **groups)
 
+    @functools.cached_property
+    def _ends(self) -> list[int]:
+        return self.shard_ends.tolist()
+
     @property
     def samples(self) -> int:
         """Number of samples."""
         return int(self.shard_ends[-1])
 
-    @property
+    @functools.cached_property
     def groups(self) -> int:
         """Number of groups: how many draws make an epoch."""
         return self.samples if self.group_ends is None else len(self.group_ends)
 
     def locate(self, number: int) -> tuple[int, int]:
         """Shard and sample within it of the sample of that number."""
-        shard = int(np.searchsorted(self.shard_ends, number, side="right"))
-        return shard, number - (int(self.shard_ends[shard - 1]) if shard else 0)
+        shard = bisect.bisect_right(self._ends, number)
+        return shard, number - (self._ends[shard - 1] if shard else 0)
 
     def member(self, group: int, draw: int) -> int:
         """Number of the sample that ``draw`` (any integer) picks from a group."""
@@ -138,8 +143,19 @@ class Plan:
         pairs = [(s, t, w) for s, table in enumerate(self.sources) for t, w in enumerate(table.weights)]
         if not pairs or min(w for *_, w in pairs) < 1:
             raise ConfigError("data.sources: at least one source with one task, all weights at least 1")
-        self._pair, self._turn, self._turns = _cycle(pairs, len(self.sources))
+        pair, turn, self._turns = _cycle(pairs, len(self.sources))
+        # Lists, because reading one number of an array takes longer than everything else here.
+        self._pair, self._turn = pair.tolist(), turn.tolist()
         self._pairs = [(s, t) for s, t, _ in pairs]
+        self._order_keys: dict[tuple[int, int], int] = {}
+        self._seed_at = series(self.seed, "draw")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in vars(self).items() if k != "_seed_at"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._seed_at = series(self.seed, "draw")
 
     @functools.cached_property
     def hash(self) -> str:
@@ -152,12 +168,20 @@ class Plan:
         cycle, slot = divmod(position, len(self._pair))
         source, task = self._pairs[self._pair[slot]]
         table = self.sources[source]
-        turn = cycle * self._turns[source] + int(self._turn[slot])
+        turn = cycle * self._turns[source] + self._turn[slot]
         epoch, place = divmod(turn, table.groups)
-        group = permute(place, table.groups, derive(self.seed, "order", source, epoch))
-        return self._draw(
-            source, task, group, derive(self.seed, "variant", source, turn), derive(self.seed, "draw", position)
-        )
+        group = permute(place, table.groups, self._order_key(source, epoch))
+        variant = 0 if table.members is None else derive(self.seed, "variant", source, turn)
+        return self._draw(source, task, group, variant, self._seed_at(position))
+
+    def _order_key(self, source: int, epoch: int) -> int:
+        """Key of a source's permutation in an epoch; the last ones are kept, as a run stays in one for long."""
+        key = self._order_keys.get((source, epoch))
+        if key is None:
+            if len(self._order_keys) > 2 * len(self.sources):
+                self._order_keys.clear()
+            key = self._order_keys[source, epoch] = derive(self.seed, "order", source, epoch)
+        return key
 
     def replacement(self, position: int, attempt: int) -> Draw:
         """What takes the place of a skipped sample: the same source and task, another sample.
@@ -187,19 +211,15 @@ def permute(i: int, n: int, key: int) -> int:
     low = (1 << half) - 1
     while True:
         left, right = i >> half, i & low
-        for round_ in range(_ROUNDS):
-            left, right = right, left ^ (_mix(right + (round_ << 58) ^ key) & low)
+        for offset in _ROUND_OFFSETS:
+            # SplitMix64's finaliser, written out: a call each round would take most of the time.
+            x = ((right + offset ^ key) + 0x9E3779B97F4A7C15) & _MASK
+            x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
+            x = (x ^ (x >> 27)) * 0x94D049BB133111EB & _MASK
+            left, right = right, left ^ ((x ^ (x >> 31)) & low)
         i = left << half | right
         if i < n:
             return i
-
-
-def _mix(x: int) -> int:
-    """SplitMix64's finaliser."""
-    x = (x + 0x9E3779B97F4A7C15) & _MASK
-    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
-    x = (x ^ (x >> 27)) * 0x94D049BB133111EB & _MASK
-    return x ^ (x >> 31)
 
 
 def _cycle(pairs: Sequence[tuple[int, int, int]], sources: int) -> tuple[np.ndarray, np.ndarray, list[int]]:

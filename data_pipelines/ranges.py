@@ -63,6 +63,21 @@ def scheme_of(name: str) -> str:
     return ""
 
 
+class _File:
+    """A descriptor and how many reads use it."""
+
+    __slots__ = ("descriptor", "retired", "users")
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor, self.users, self.retired = descriptor, 0, False
+
+    def retire(self) -> None:
+        """Close it, or have it closed when the last read is done."""
+        self.retired = True
+        if not self.users:
+            os.close(self.descriptor)
+
+
 class RangeReader:
     """Byte ranges of files, local ones by descriptor, remote ones by range requests.
 
@@ -74,7 +89,7 @@ class RangeReader:
 
     def __init__(self) -> None:
         self.bytes_read = 0
-        self._files: dict[str, int] = {}
+        self._files: dict[str, _File] = {}
         self._stores: dict[str, Any] = {}
         self._pid = os.getpid()
         self._lock = threading.Lock()
@@ -90,8 +105,9 @@ class RangeReader:
 
     def close(self) -> None:
         """Close all descriptors; they are opened again when needed."""
-        while self._files:
-            os.close(self._files.popitem()[1])
+        with self._lock:
+            while self._files:
+                self._files.popitem()[1].retire()
 
     def size(self, url: str) -> int:
         """Bytes of a file.
@@ -114,7 +130,8 @@ class RangeReader:
         """
         if size <= 0:
             return b""
-        if scheme_of(url) in REMOTE:
+        # An open file needs no second look at its name.
+        if url not in self._files and scheme_of(url) in REMOTE:
             data = self._read_remote(url, offset, size)
         else:
             data = self._read_local(url, offset, size)
@@ -154,14 +171,30 @@ class RangeReader:
 
     def _read_local(self, url: str, offset: int, size: int) -> bytes:
         try:
-            with self._lock:  # another thread must not close this descriptor between its opening and the read
-                if url not in self._files:
-                    if len(self._files) >= _OPEN_FILES:
-                        os.close(self._files.pop(next(iter(self._files))))
-                    self._files[url] = os.open(url, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-                return os.pread(self._files[url], size, offset)
+            file = self._take(url)
+            try:
+                return os.pread(file.descriptor, size, offset)
+            finally:
+                self._give_back(file)
         except OSError as error:
             raise ShardError(f"{url}: cannot be read ({error.strerror})") from None
+
+    def _take(self, url: str) -> _File:
+        """The open file of a URL; it is not closed before it is given back, whatever other threads do."""
+        with self._lock:
+            file = self._files.get(url)
+            if file is None:
+                if len(self._files) >= _OPEN_FILES:
+                    self._files.pop(next(iter(self._files))).retire()
+                file = self._files[url] = _File(os.open(url, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0)))
+            file.users += 1
+            return file
+
+    def _give_back(self, file: _File) -> None:
+        with self._lock:
+            file.users -= 1
+            if file.retired:
+                file.retire()
 
     def _store(self, url: str) -> Any:
         if self._pid != os.getpid():  # connections do not survive a fork
@@ -235,14 +268,12 @@ def read_checked(ranges: RangeReader, url: str, offset: int, size: int, good: Ca
     Raises:
         SampleError: The check failed: reason ``"shard_differs_from_index"`` (too short) or ``"crc_mismatch"``.
     """
-    wrong: str | None = None
-    for _ in range(TRIES if scheme_of(url) in REMOTE else 1):
+    left = None
+    while left is None or left > 0:
         data = ranges.read(url, offset, size)
-        if len(data) < size:
-            wrong = f"ends {size - len(data):,} bytes too early"
-        else:
-            wrong = good(data)
+        wrong = f"ends {size - len(data):,} bytes too early" if len(data) < size else good(data)
         if wrong is None:
             return data
+        left = (TRIES if scheme_of(url) in REMOTE else 1) - 1 if left is None else left - 1
     reason = "shard_differs_from_index" if len(data) < size else "crc_mismatch"
     raise SampleError(reason, f"{shown(url)}: bytes {offset:,} to {offset + size:,}: {wrong}")

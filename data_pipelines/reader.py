@@ -7,17 +7,21 @@ This is the first of the two places where a sample may be refused (the second is
 from __future__ import annotations
 
 import functools
+import itertools
 import json
+import operator
+import os
 import zlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mmdiff.errors import SampleError
 
-from .index import Entry, Member, ShardIndex
-from .ranges import RangeReader, read_checked, shown
+from .index import Place, ShardIndex
+from .ranges import REMOTE, RangeReader, read_checked, scheme_of, shown
 from .source import open_shards, size_complaint
 
 __all__ = ["IMAGE_SUFFIXES", "TEXT_SUFFIXES", "Sample", "ShardReader", "iter_samples", "numbered"]
@@ -29,7 +33,9 @@ TEXT_SUFFIXES = ("txt", "text", "caption")
 MAX_SAMPLE_BYTES = 256 << 20
 """Largest sample that is read."""
 
-_GAP = 4096  # members that lie this close are fetched with one read
+_GAP = 4096  # remote members that lie this close are fetched with one request
+_LOCAL_THREADS, _REMOTE_THREADS = 2, 16
+_BY_OFFSET = operator.itemgetter(1)
 
 
 @dataclass(frozen=True)
@@ -136,6 +142,13 @@ class ShardReader:
         self._suffixes = None if suffixes is None else frozenset(suffixes)
         self._ranges = RangeReader()
         self._differs: dict[int, str | None] = {}
+        self._pool: ThreadPoolExecutor | None = None
+        self._pool_pid = os.getpid()
+        self._names = [shown(index.url) for index in self.shards]
+        self._remote: dict[int, bool] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_pool": None}
 
     @property
     def bytes_read(self) -> int:
@@ -143,8 +156,15 @@ class ShardReader:
         return self._ranges.bytes_read
 
     def close(self) -> None:
-        """Close files; they are opened again when needed."""
+        """Close files and end threads; they are made again when needed."""
+        self.end_threads()
         self._ranges.close()
+
+    def end_threads(self) -> None:
+        """End the threads of `read_many`; they are made again when needed."""
+        if self._pool is not None and self._pool_pid == os.getpid():
+            self._pool.shutdown()
+        self._pool = None
 
     def read(self, shard: int, sample: int) -> Sample:
         """Read and check one sample.
@@ -159,16 +179,56 @@ class ShardReader:
         """
         index = self.shards[shard]
         self._check_shard(shard)
-        entry = index[sample]
-        wanted = {s: m for s, m in entry.members.items() if self._suffixes is None or s in self._suffixes}
-        total = sum(m.size for m in wanted.values())
+        if not 0 <= sample < len(index):
+            raise IndexError(f"{index.url}: sample {sample} of {len(index)}")
+        places = index.places(sample)
+        if self._suffixes is not None:
+            places = [place for place in places if place[0] in self._suffixes]
+        key, total = index.key(sample), sum(place[2] for place in places)
         if total > MAX_SAMPLE_BYTES:
-            message = f"{shown(index.url)}: {entry.key}: {total:,} bytes, limit {MAX_SAMPLE_BYTES:,}"
+            message = f"{shown(index.url)}: {key}: {total:,} bytes, limit {MAX_SAMPLE_BYTES:,}"
             raise SampleError("sample_too_large", message)
         members: dict[str, bytes] = {}
-        for run in _runs(wanted):
-            members.update(self._read_run(index.url, entry, run))
-        return Sample(entry.key, shown(index.url), {s: members[s] for s in wanted})
+        if self._is_remote(shard):
+            for run in _runs(places):
+                members.update(self._read_run(index.url, key, run))
+        else:
+            self._read_each(index.url, key, places, members)
+        return Sample(key, self._names[shard], members)
+
+    def read_many(self, places: Sequence[tuple[int, int]]) -> list[Sample | SampleError]:
+        """Several samples at once, with several requests on their way: a sample, or what is wrong with it, for each.
+
+        Args:
+            places: Shard and sample of each.
+
+        Raises:
+            ShardError: A shard cannot be reached at all.
+        """
+        remote = any(self._is_remote(shard) for shard in {shard for shard, _ in places})
+        threads = min(_REMOTE_THREADS if remote else _LOCAL_THREADS, len(places))
+        if threads < 2:
+            return [self._attempt(place) for place in places]
+        if self._pool is None or self._pool_pid != os.getpid():  # threads do not survive a fork
+            self._pool_pid = os.getpid()
+            self._pool = ThreadPoolExecutor(_REMOTE_THREADS if remote else _LOCAL_THREADS, "mmdiff-read")
+        # A thread's share is a whole stretch: handing over sample by sample would take longer than reading them.
+        cuts = [len(places) * i // threads for i in range(threads + 1)]
+        parts = [places[a:b] for a, b in itertools.pairwise(cuts)]
+        found = self._pool.map(lambda part: [self._attempt(place) for place in part], parts)
+        return [result for part in found for result in part]
+
+    def _is_remote(self, shard: int) -> bool:
+        known = self._remote.get(shard)
+        if known is None:
+            known = self._remote[shard] = scheme_of(self.shards[shard].url) in REMOTE
+        return known
+
+    def _attempt(self, place: tuple[int, int]) -> Sample | SampleError:
+        try:
+            return self.read(*place)
+        except SampleError as error:
+            return error
 
     def _check_shard(self, shard: int) -> None:
         if shard not in self._differs:
@@ -178,21 +238,30 @@ class ShardReader:
         if complaint is not None:
             raise SampleError("shard_differs_from_index", complaint)
 
-    def _read_run(self, url: str, entry: Entry, run: list[tuple[str, Member]]) -> dict[str, bytes]:
-        start = run[0][1].offset
-        size = run[-1][1].offset + run[-1][1].size - start
+    def _read_each(self, url: str, key: str, places: Sequence[Place], members: dict[str, bytes]) -> None:
+        """Members of a local sample, one read each: that costs less than cutting them out of a common one."""
+        read = self._ranges.read
+        for place in places:
+            suffix, offset, size, crc = place
+            data = read(url, offset, size)
+            if len(data) == size and zlib.crc32(data) == crc:
+                members[suffix] = data
+            else:
+                members.update(self._read_run(url, key, [place]))  # which says what is wrong
 
-        def cut(data: bytes, member: Member) -> bytes:
-            return data[member.offset - start : member.offset - start + member.size]
+    def _read_run(self, url: str, key: str, run: Sequence[Place]) -> dict[str, bytes]:
+        start = run[0][1]
+        size = run[-1][1] + run[-1][2] - start
 
         def wrong(data: bytes) -> str | None:
-            for suffix, member in run:
-                if zlib.crc32(cut(data, member)) != member.crc32:
-                    return f"member {entry.key}.{suffix} differs from its checksum in the index"
+            whole = memoryview(data)
+            for suffix, offset, length, crc in run:
+                if zlib.crc32(whole[offset - start : offset - start + length]) != crc:
+                    return f"member {key}.{suffix} differs from its checksum in the index"
             return None
 
         data = read_checked(self._ranges, url, start, size, wrong)
-        return {suffix: cut(data, member) for suffix, member in run}
+        return {suffix: data[offset - start : offset - start + length] for suffix, offset, length, _ in run}
 
 
 def iter_samples(
@@ -216,13 +285,14 @@ def iter_samples(
                 yield None, error
 
 
-def _runs(members: Mapping[str, Member]) -> list[list[tuple[str, Member]]]:
-    """Members in file order, grouped where one read may fetch several."""
-    runs: list[list[tuple[str, Member]]] = []
-    for suffix, member in sorted(members.items(), key=lambda item: item[1].offset):
-        last = runs[-1][-1][1] if runs else None
-        if last is not None and member.offset - (last.offset + last.size) <= _GAP:
-            runs[-1].append((suffix, member))
+def _runs(places: Sequence[Place]) -> list[list[Place]]:
+    """Members in file order, grouped where one request may fetch several."""
+    runs: list[list[Place]] = []
+    end = -_GAP - 1
+    for place in sorted(places, key=_BY_OFFSET):
+        if runs and place[1] - end <= _GAP:
+            runs[-1].append(place)
         else:
-            runs.append([(suffix, member)])
+            runs.append([place])
+        end = place[1] + place[2]
     return runs

@@ -121,3 +121,9 @@ def test_one_tape_per_row_is_played_row_by_row() -> None:
 
 def test_draws_go_to_the_device_that_is_asked_for() -> None:
     assert rng.uniform(rng.generator(0), (2,), device="meta").device.type == "meta"
+
+
+@pytest.mark.parametrize("stream", [(), ("draw",), ("a", 3)])
+def test_a_series_is_derive_with_its_last_number_open(stream: tuple) -> None:
+    seeds = rng.series(5, *stream)
+    assert [seeds(n) for n in (0, 7, 10**12)] == [rng.derive(5, *stream, n) for n in (0, 7, 10**12)]

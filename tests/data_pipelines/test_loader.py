@@ -139,6 +139,14 @@ def test_r03_resuming_with_0_then_3_then_1_workers_gives_the_same_batches(
     assert all(same(a, b) for a, b in zip(parts, whole, strict=True))
 
 
+def test_workers_may_be_forked_after_the_loader_has_read_itself(
+    make_shards: Make, opened: Callable[..., Loader]
+) -> None:
+    loader = opened(data(make_shards(40), workers=1, start_method="fork"))
+    first = loader.batch_at(0)  # leaves threads behind, which do not survive the fork
+    assert same(take(loader, 1)[0], first)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 def test_r32_workers_can_be_started_in_every_way(make_shards: Make, opened: Callable[..., Loader], method: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import pickle
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -198,3 +200,39 @@ def test_r29_a_server_without_ranges_and_denied_access_are_named_without_secrets
         assert "secret" not in str(caught.value)
     assert "secret" not in ranges_module.shown(url)
     assert "pass" not in ranges_module.shown(url)
+
+
+def test_many_samples_are_read_at_once_and_in_order(server: Server, make_shards: Make) -> None:
+    shards = make_shards(60, 20)
+    data = bytearray(shards[1].read_bytes())
+    data[open_shards(str(shards[1]))[0][3].members["json"].offset] ^= 1
+    shards[1].write_bytes(bytes(data))
+    places = [(shard, number) for number in range(19, -1, -1) for shard in range(3)]
+    for names in ([str(s) for s in shards], f"{server.url}/s-{{00000..00002}}.tar"):
+        reader = ShardReader(open_shards(names))
+        found = reader.read_many(places)
+        assert [type(r).__name__ for r in found].count("SampleError") == 1
+        for (shard, number), result in zip(places, found, strict=True):
+            if (shard, number) == (1, 3):
+                assert isinstance(result, SampleError)
+                assert result.reason == "crc_mismatch"
+            else:
+                assert result == reader.read(shard, number)
+        assert reader.read_many([]) == []
+        reader.close()
+        assert reader.read_many(places[:1])[0] == found[0]
+        assert len(pickle.loads(pickle.dumps(reader)).read_many(places[:4])) == 4
+        reader.close()
+
+
+def test_a_file_that_is_being_read_is_closed_only_afterwards(make_shards: Make) -> None:
+    shards = [str(s) for s in make_shards(80, 1)]
+    ranges = RangeReader()
+    held = ranges._take(shards[0])
+    for shard in shards:
+        ranges.read(shard, 0, 4)
+    ranges.close()
+    assert os.pread(held.descriptor, 4, 0)
+    ranges._give_back(held)
+    with pytest.raises(OSError, match="descriptor"):
+        os.pread(held.descriptor, 4, 0)
