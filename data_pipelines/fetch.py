@@ -109,6 +109,11 @@ class Fetcher:
         batch = collate(examples if self.fill_id is None else fill(examples, self.fill_id))
         return Fetched(batch if self.pack_length is None else pack(batch, self.pack_length), tuple(skips), chunk.end)
 
+    def close(self) -> None:
+        """End threads; they are made again when needed."""
+        for reader in self.readers:
+            reader.end_threads()
+
     def _read(self, draws: Sequence[Draw]) -> list[Sample | SampleError]:
         """The samples of several draws, read together where they come from the same source."""
         found: list[Any] = [None] * len(draws)

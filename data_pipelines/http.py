@@ -5,10 +5,12 @@ Retrying is ``ranges``' business; here one request is made and its answer checke
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import re
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 
 from mmdiff.errors import ShardError
 from mmdiff.images import redact
@@ -68,28 +70,31 @@ class HttpStore:
         """
         return self._request(url, start, end)[0]
 
+    def open(self, url: str) -> _Body:
+        """The whole file from its beginning, for servers without ranges; errors as `size`."""
+        request = urllib.request.Request(url, headers={"Accept-Encoding": "identity"})
+        with _named(url):
+            return _Body(urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS))
+
     def _request(self, url: str, start: int, end: int) -> tuple[bytes, int]:
         headers = {"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
         request = urllib.request.Request(url, headers=headers)
-        try:
-            with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as answer:
+        with _named(url):
+            try:
+                answer = urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS)
+            except urllib.error.HTTPError as error:
+                if error.code != 416:
+                    raise
+                error.close()
+                return b"", 0  # the range begins behind the end
+            with answer:
                 self._check_tag(url, answer.headers.get("ETag"))
                 span = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", answer.headers.get("Content-Range", ""))
                 if answer.status != 206 or not span or int(span[1]) != start:
-                    raise ShardError(f"{redact(url)}: the server does not serve ranges; download the shards first")
+                    how = "download the shards first, or set data.stream"
+                    raise ShardError(f"{redact(url)}: the server does not serve ranges; {how}")
                 wanted = min(end, int(span[3])) - start
                 data = _read(answer, wanted)
-        except urllib.error.HTTPError as error:
-            error.close()
-            if error.code in (404, 410):
-                raise FileNotFoundError(url) from None
-            if error.code == 416:  # the range begins behind the end
-                return b"", 0
-            if error.code in (400, 401, 403, 405):
-                raise ShardError(f"{redact(url)}: the server answers {error.code} {error.reason}") from None
-            raise OSError(f"the server answers {error.code} {error.reason}") from None
-        except http.client.HTTPException as error:
-            raise OSError(f"the connection broke ({type(error).__name__})") from None
         if len(data) < wanted:
             raise InterruptedTransferError(f"{wanted - len(data):,} bytes of {wanted:,} did not arrive", data)
         return data, int(span[3])
@@ -99,6 +104,47 @@ class HttpStore:
             return
         if self._tags.setdefault(url, tag) != tag:
             raise ShardError(f"{redact(url)}: changed on the server while it was being read; start again")
+
+
+@contextlib.contextmanager
+def _named(url: str) -> Iterator[None]:
+    """Turns what urllib raises into the errors of `HttpStore.size`."""
+    try:
+        yield
+    except urllib.error.HTTPError as error:
+        error.close()
+        if error.code in (404, 410):
+            raise FileNotFoundError(url) from None
+        if error.code in (400, 401, 403, 405):
+            raise ShardError(f"{redact(url)}: the server answers {error.code} {error.reason}") from None
+        raise OSError(f"the server answers {error.code} {error.reason}") from None
+    except http.client.HTTPException as error:
+        raise OSError(f"the connection broke ({type(error).__name__})") from None
+
+
+class _Body:
+    """The body of an answer; an end that comes too early is an error."""
+
+    def __init__(self, answer: http.client.HTTPResponse) -> None:
+        self._answer = answer
+
+    def close(self) -> None:
+        """End the connection."""
+        self._answer.close()
+
+    def read(self, size: int) -> bytes:
+        """The next bytes, none at the end.
+
+        Raises:
+            OSError: The connection broke.
+        """
+        try:
+            data = self._answer.read(size)
+        except http.client.HTTPException as error:
+            raise OSError(f"the connection broke ({type(error).__name__})") from None
+        if not data and size and self._answer.length:
+            raise OSError(f"{self._answer.length:,} bytes did not arrive")
+        return data
 
 
 def _read(answer: http.client.HTTPResponse, wanted: int) -> bytes:

@@ -23,7 +23,8 @@ from .plan import Plan, SourceTable
 from .prefetch import prefetch, worker_batches
 from .ranges import shown
 from .reader import ShardReader
-from .source import open_shards
+from .source import expand, open_shards
+from .streams import StreamFetcher, StreamOrder, check_options
 from .task_config import TaskConfig
 from .tasks import Task, build_task, questions
 from .transforms import PixelCache
@@ -78,6 +79,11 @@ class DataConfig:
     """Seed of the order; default: the run's."""
     max_skip_fraction: float = Field(default=0.001, ge=0, le=1)
     """Larger fractions of skipped samples end the run (judged from 1,000 samples on)."""
+    stream: bool = False
+    """Read shards from front to back, for servers without byte ranges: no index, no order over everything, slow resume
+    (docs/data.md says what is not promised)."""
+    stream_buffer: int = Field(default=1000, ge=1)
+    """With ``stream``: samples among which the next one is drawn."""
     damaged: Literal["skip", "refuse"] = "skip"
     """What happens if a shard's size differs from its index: its samples are skipped and counted, or an error at the
     start."""
@@ -93,7 +99,7 @@ class Loader:
     """An endless iterable of batches that can be left and resumed anywhere.
 
     Args:
-        plan: The order.
+        plan: The order; that of streams needs no readers.
         readers: One per source.
         tasks: The tasks of each source, in the plan's order.
         batch_size: Samples of a global batch.
@@ -116,7 +122,7 @@ class Loader:
 
     def __init__(
         self,
-        plan: Plan,
+        plan: Plan | StreamOrder,
         readers: Sequence[ShardReader],
         tasks: Sequence[Sequence[Task]],
         batch_size: int,
@@ -139,15 +145,21 @@ class Loader:
             raise ConfigError(
                 f"data.{shared[0]} is {shared[1]}, rank {rank} of {world}; the global batch must divide evenly"
             )
-        self.plan = plan
+        self.plan: Plan | StreamOrder = plan
         self.position = start
         self.fill_id = fill_id
         self.batch_size = batch_size
         self.skipped: Counter[str] = Counter()
         self.seen = 0
         self.on_skip = on_skip
-        self._fetcher = Fetcher(plan, readers, tasks, fill_id, pack_length)
-        self._ruler = None if budget is None else Ruler(plan, readers, tasks, budget)
+        self._readers = list(readers)
+        self._fetcher: Fetcher | StreamFetcher
+        self._ruler: Ruler | None = None
+        if isinstance(plan, StreamOrder):
+            self._fetcher = StreamFetcher(plan, tasks, fill_id, pack_length)
+        else:
+            self._fetcher = Fetcher(plan, readers, tasks, fill_id, pack_length)
+            self._ruler = None if budget is None else Ruler(plan, readers, tasks, budget)
         self._workers, self._ahead, self._start_method = workers, ahead, start_method
         self._rank, self._world = rank, world
         self._max_skip_fraction, self._allow_changed = max_skip_fraction, allow_changed
@@ -169,13 +181,15 @@ class Loader:
             for item in fetched:
                 self._count(item)
                 if item.batch is None:
-                    raise ShardError("no usable sample was found")  # _count has raised with the details
+                    raise ShardError(
+                        f"no usable sample for the batch at position {self.position:,}: {self.skip_report()}; the last "
+                        f"was: {self._recent[-1].message}; check the shards with: mmdiff data lint"
+                    )
                 self.position = item.end
                 yield item.batch
         finally:
             fetched.close()
-            for reader in self._fetcher.readers:
-                reader.end_threads()
+            self._fetcher.close()
 
     def batch_at(self, position: int) -> Batch:
         """This rank's slice of the batch that begins at ``position``, made here and now; nothing is counted.
@@ -218,7 +232,8 @@ class Loader:
 
     def close(self) -> None:
         """Close files; they are opened again when needed."""
-        for reader in self._fetcher.readers:
+        self._fetcher.close()
+        for reader in self._readers:
             reader.close()
         if self._ruler is not None:
             self._ruler.close()
@@ -274,8 +289,10 @@ class Loader:
 
     def where(self) -> str:
         """The shards that the next batch reads, for the message when a worker dies or nothing comes."""
+        if isinstance(self.plan, StreamOrder):
+            return f"after position {self.position:,}"
         draws = [self.plan.at(p) for p in range(self.position, self.position + self.batch_size)]
-        urls = {shown(self._fetcher.readers[d.source].shards[d.shard].url) for d in draws}
+        urls = {shown(self._readers[d.source].shards[d.shard].url) for d in draws}
         return f"after position {self.position:,}, which reads {', '.join(sorted(urls)[:5])}"
 
 
@@ -305,16 +322,11 @@ def open_loader(
         ShardError: Shards are missing or damaged.
     """
     cache = PixelCache(options.cache_mib << 20) if options.cache_decoded else None
-    tables, readers, tasks = [], [], []
-    for source in options.sources:
-        tasks.append([build_task(task, tokenizer, layout, cache) for task in source.tasks])
-        shards = open_shards(source.shards, damaged=options.damaged)
-        weights = [source.weight * task.weight for task in source.tasks]
-        labels = _answers(source, shards) if source.balance == "answer" else None
-        tables.append(SourceTable.from_shards(shards, weights, source.balance, labels))
-        readers.append(ShardReader(shards))
+    tasks = [[build_task(task, tokenizer, layout, cache) for task in source.tasks] for source in options.sources]
+    seed = seed if options.seed is None else options.seed
+    readers = [] if options.stream else [_reader(source, options.damaged) for source in options.sources]
     return Loader(
-        Plan(seed if options.seed is None else options.seed, tables),
+        _streamed(seed, options) if options.stream else Plan(seed, list(map(_table, options.sources, readers))),
         readers,
         tasks,
         options.batch_size,
@@ -329,6 +341,26 @@ def open_loader(
         fill_id=None if tokenizer is None or not options.fill else tokenizer.pad_id,
         pack_length=options.pack_length,
         budget=_budget(options),
+    )
+
+
+def _reader(source: SourceConfig, damaged: str) -> ShardReader:
+    return ShardReader(open_shards(source.shards, damaged=damaged))
+
+
+def _table(source: SourceConfig, reader: ShardReader) -> SourceTable:
+    weights = [source.weight * task.weight for task in source.tasks]
+    labels = _answers(source, reader.shards) if source.balance == "answer" else None
+    return SourceTable.from_shards(reader.shards, weights, source.balance, labels)
+
+
+def _streamed(seed: int, options: DataConfig) -> StreamOrder:
+    check_options(options.workers, options.max_tokens, [source.balance for source in options.sources])
+    return StreamOrder(
+        seed=seed,
+        urls=tuple(tuple(url for spec in source.shards for url in expand(spec)) for source in options.sources),
+        weights=tuple(tuple(source.weight * task.weight for task in source.tasks) for source in options.sources),
+        buffer=options.stream_buffer,
     )
 
 

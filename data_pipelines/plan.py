@@ -24,7 +24,7 @@ from mmdiff.rng import derive, series
 
 from .index import ShardIndex
 
-__all__ = ["Draw", "Plan", "SourceTable", "permute"]
+__all__ = ["Draw", "Plan", "SourceTable", "permute", "turns"]
 
 MAX_CYCLE = 100_000
 """Longest cycle of source and task weights."""
@@ -141,8 +141,6 @@ class Plan:
         self.seed = int(seed)
         self.sources = tuple(sources)
         pairs = [(s, t, w) for s, table in enumerate(self.sources) for t, w in enumerate(table.weights)]
-        if not pairs or min(w for *_, w in pairs) < 1:
-            raise ConfigError("data.sources: at least one source with one task, all weights at least 1")
         pair, turn, self._turns = _cycle(pairs, len(self.sources))
         # Lists, because reading one number of an array takes longer than everything else here.
         self._pair, self._turn = pair.tolist(), turn.tolist()
@@ -222,8 +220,24 @@ def permute(i: int, n: int, key: int) -> int:
             return i
 
 
+def turns(weights: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
+    """The cycle in which sources and their tasks take turns: (source, task) of each slot.
+
+    Args:
+        weights: Weight of every task of every source.
+
+    Raises:
+        ConfigError: As `Plan`.
+    """
+    pairs = [(s, t, w) for s, mine in enumerate(weights) for t, w in enumerate(mine)]
+    pair, *_ = _cycle(pairs, len(weights))
+    return [pairs[i][:2] for i in pair.tolist()]
+
+
 def _cycle(pairs: Sequence[tuple[int, int, int]], sources: int) -> tuple[np.ndarray, np.ndarray, list[int]]:
     """Pair of each slot of the cycle, the turn of its source there, and turns of each source per cycle."""
+    if not pairs or min(w for *_, w in pairs) < 1:
+        raise ConfigError("data.sources: at least one source with one task, all weights at least 1")
     divisor = math.gcd(*(w for *_, w in pairs))
     weights = [w // divisor for *_, w in pairs]
     if sum(weights) > MAX_CYCLE:

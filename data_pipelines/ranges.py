@@ -20,7 +20,7 @@ from mmdiff.images import redact
 
 from .http import HttpStore, InterruptedTransferError
 
-__all__ = ["REMOTE", "RangeReader", "read_checked", "scheme_of", "shown"]
+__all__ = ["REMOTE", "ForwardStream", "RangeReader", "read_checked", "scheme_of", "shown"]
 
 T = TypeVar("T")
 
@@ -33,6 +33,7 @@ REMOTE = ("http", "https", "s3", "gs", "hf")
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 _OPEN_FILES = 64
+_FAR = 1 << 62
 _CLIENTS = ("aiohttp", "botocore", "gcsfs", "httpx", "requests", "urllib3")
 
 
@@ -142,6 +143,14 @@ class RangeReader:
         """A seekable, buffered stream over a remote file."""
         return io.BufferedReader(_RangeStream(self, url), 1 << 20)
 
+    def forward(self, url: str) -> ForwardStream:
+        """A file from front to back, for servers without ranges; a broken connection is taken up again."""
+        if scheme_of(url) in REMOTE:
+            return ForwardStream(
+                lambda at: self._retry(url, lambda: _skipped(self._store(url).open(url), at)), shown(url)
+            )
+        return ForwardStream(lambda at: _opened(url, at), url)
+
     def whole(self, url: str, limit: int) -> bytes | None:
         """A small remote file, None if it does not exist."""
         store = self._store(url)
@@ -220,6 +229,85 @@ class RangeReader:
                 time.sleep(PAUSE_SECONDS * 2**attempt * (0.75 + 0.5 * (hash(url) % 97) / 97))
         kind = str(failure) if type(failure) is OSError else type(failure).__name__
         raise ShardError(f"{shown(url)}: could not be read in {TRIES} tries ({kind}); is the network up?") from None
+
+
+class ForwardStream:
+    """Bytes from front to back, with as much of a file's interface as walking a tar needs.
+
+    Args:
+        open_at: Opens the file at an offset.
+        where: Its name, for messages.
+    """
+
+    def __init__(self, open_at: Callable[[int], Any], where: str) -> None:
+        self._open_at, self._where, self._at = open_at, where, 0
+        self._stream: Any = None
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Go forward; the end is farther than anything, as nobody knows it yet.
+
+        Raises:
+            ShardError: The way leads back.
+        """
+        if whence == os.SEEK_END:
+            return _FAR
+        if offset < self._at:
+            raise ShardError(f"{self._where}: a stream cannot go back from byte {self._at:,} to {offset:,}")
+        while self._at < offset and self.read(min(offset - self._at, 1 << 20)):
+            pass
+        return self._at
+
+    def read(self, size: int) -> bytes:
+        """The next bytes, fewer only at the end.
+
+        Raises:
+            ShardError: They could not be read in `TRIES` tries.
+        """
+        data = bytearray()
+        failures = 0
+        while len(data) < size:
+            try:
+                if self._stream is None:
+                    self._stream = self._open_at(self._at)
+                chunk = self._stream.read(min(size - len(data), 1 << 20))
+            except OSError as error:
+                self.close()
+                failures += 1
+                if failures == TRIES:
+                    raise ShardError(f"{self._where}: byte {self._at:,} could not be read in {TRIES} tries") from error
+                time.sleep(PAUSE_SECONDS * 2**failures)
+                continue
+            if not chunk:
+                break
+            data += chunk
+            self._at += len(chunk)
+        return bytes(data)
+
+    def close(self) -> None:
+        """Close the file; reading opens it again where it was."""
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+
+
+def _opened(path: str, at: int) -> BinaryIO:
+    try:
+        stream = Path(path).open("rb")
+    except OSError as error:
+        raise ShardError(f"{path}: cannot be read ({error.strerror})") from None
+    stream.seek(at)
+    return stream
+
+
+def _skipped(stream: Any, at: int) -> Any:
+    """A stream without its first bytes, which were read before."""
+    while at > 0:
+        chunk = stream.read(min(at, 1 << 20))
+        if not chunk:
+            stream.close()
+            raise OSError("the file ends before the byte at which the connection broke")
+        at -= len(chunk)
+    return stream
 
 
 class _RangeStream(io.RawIOBase):

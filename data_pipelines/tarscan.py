@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from typing import Any, BinaryIO
+from typing import Any, Protocol
 
 from mmdiff.errors import ShardError
 
-__all__ = ["MAX_MEMBER_BYTES", "scan"]
+__all__ = ["MAX_MEMBER_BYTES", "Walkable", "scan"]
 
 MAX_MEMBER_BYTES = 64 << 20
 """Largest member that is accepted."""
@@ -23,13 +23,25 @@ _BLOCK = 512
 _MAX_EXTENDED = 1 << 20  # long names and PAX records; real ones have a few hundred bytes
 
 
-def scan(stream: BinaryIO, where: str) -> Iterator[tuple[str, int, int]]:
+class Walkable(Protocol):
+    """What walking a tar needs of a file."""
+
+    def seek(self, offset: int, whence: int = 0, /) -> int:
+        """Go to an offset."""
+        ...
+
+    def read(self, size: int, /) -> bytes:
+        """The next bytes, fewer only at the end."""
+        ...
+
+
+def scan(stream: Walkable, where: str) -> Iterator[tuple[str, int, int]]:
     """Walk the headers of an uncompressed tar; yields (name, offset, size) of regular files.
 
     The caller may move the stream between two yields.
 
     Args:
-        stream: Seekable bytes.
+        stream: Seekable bytes; going forward is enough.
         where: Name for messages.
 
     Raises:
@@ -92,7 +104,7 @@ def _number(text: bytes) -> int:
     return int(text.split(b"\0")[0].strip() or b"0", 8)
 
 
-def _extended(stream: BinaryIO, offset: int, size: int, kind: int, where: str) -> dict[str, Any]:
+def _extended(stream: Walkable, offset: int, size: int, kind: int, where: str) -> dict[str, Any]:
     """What a long-name or PAX header says about the next member."""
     stream.seek(offset)
     data = stream.read(size)
@@ -143,7 +155,7 @@ def _kind(flag: int) -> str:
     return {**kinds, "S": "a sparse file"}.get(chr(flag), f"of the unknown type {chr(flag)!r}")
 
 
-def _check_end(stream: BinaryIO, where: str, position: int) -> None:
+def _check_end(stream: Walkable, where: str, position: int) -> None:
     # A zeroed header, or two archives joined, would otherwise lose everything behind it without a word.
     while chunk := stream.read(1 << 20):
         if any(chunk):

@@ -20,6 +20,7 @@ class Server:
         url: Where it listens.
         requests: Path and range of every request.
         tag: ETag of all files.
+        ranges: Whether ranges are served at all.
         faults: What goes wrong next.
     """
 
@@ -27,6 +28,7 @@ class Server:
         self.requests: list[tuple[str, str]] = []
         self.faults: list[str] = []
         self.tag = "one"
+        self.ranges = True
         self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _handler(self, folder))
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
         self.thread = threading.Thread(target=self.server.serve_forever, args=(0.01,))
@@ -57,12 +59,14 @@ def _handler(outer: Server, folder: Path) -> type[http.server.BaseHTTPRequestHan
                 self.send_error(int(fault) if fault else 404)
                 return
             data = file.read_bytes()
-            first, last = (int(x) for x in re.fullmatch(r"bytes=(\d+)-(\d+)", span).groups())  # type: ignore[union-attr]
+            asked = re.fullmatch(r"bytes=(\d+)-(\d+)", span)
+            first, last = (int(asked[1]), int(asked[2])) if asked and outer.ranges else (0, len(data) - 1)
             part = data[first : last + 1]
-            self.send_response(200 if fault == "no ranges" else 206)
+            self.send_response(206 if asked and outer.ranges and fault != "no ranges" else 200)
             self.send_header("ETag", f'"{outer.tag}"')
             self.send_header("Content-Length", str(len(part)))
-            self.send_header("Content-Range", f"bytes {first}-{first + len(part) - 1}/{len(data)}")
+            if asked and outer.ranges:
+                self.send_header("Content-Range", f"bytes {first}-{first + len(part) - 1}/{len(data)}")
             self.end_headers()
             if fault == "cut":
                 part = part[: len(part) // 2]
