@@ -365,10 +365,10 @@ def _streamed(seed: int, options: DataConfig) -> StreamOrder:
 
 
 def _budget(options: DataConfig) -> TokenBudget | None:
+    if options.fill and (options.max_tokens or options.pack_length):
+        raise ConfigError("data.fill makes rows as long as the longest; leave it out, or max_tokens and pack_length")
     if options.max_tokens is None:
         return None
-    if options.fill:
-        raise ConfigError("data.fill lengthens rows to the longest of a batch; leave it out, or data.max_tokens")
     if options.multiple > options.batch_size:
         raise ConfigError(f"data.multiple is {options.multiple}, data.batch_size at most {options.batch_size} samples")
     return TokenBudget(options.max_tokens, options.multiple, options.batch_size, options.pack_length is not None)

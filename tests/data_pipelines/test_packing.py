@@ -278,5 +278,7 @@ def test_budgets_that_cannot_work_are_refused(shards: str, tokenizer: Tokenizer,
         opened(max_tokens=100, multiple=13)
     with pytest.raises(ConfigError, match=r"data\.fill"):
         opened(max_tokens=100, fill=True)
+    with pytest.raises(ConfigError, match=r"data\.fill"):
+        opened(pack_length=100, fill=True)
     with pytest.raises(ConfigError, match=r"data\.multiple is 3, rank 0 of 2"):
         open_loader(data(shards, max_tokens=100, multiple=3), tokenizer, layout, seed=0, world=2)
