@@ -11,7 +11,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -131,13 +131,26 @@ class RangeReader:
         """
         if size <= 0:
             return b""
-        # An open file needs no second look at its name.
-        if url not in self._files and scheme_of(url) in REMOTE:
+        if scheme_of(url) in REMOTE:
             data = self._read_remote(url, offset, size)
-        else:
-            data = self._read_local(url, offset, size)
-        self.bytes_read += len(data)
-        return data
+            with self._lock:
+                self.bytes_read += len(data)
+            return data
+        return self.read_local(url, [(offset, size)])[0]
+
+    def read_local(self, url: str, spans: Sequence[tuple[int, int]]) -> list[bytes]:
+        """Several ranges, as (offset, size), of one local file; as `read`, without asking what kind of name it is."""
+        try:
+            file = self._take(url)
+            total = 0
+            try:
+                found = [os.pread(file.descriptor, size, offset) for offset, size in spans]
+                total = sum(map(len, found))
+                return found
+            finally:
+                self._give_back(file, total)
+        except OSError as error:
+            raise ShardError(f"{url}: cannot be read ({error.strerror})") from None
 
     def stream(self, url: str) -> BinaryIO:
         """A seekable, buffered stream over a remote file."""
@@ -178,16 +191,6 @@ class RangeReader:
         self._retry(url, go_on)
         return bytes(data)
 
-    def _read_local(self, url: str, offset: int, size: int) -> bytes:
-        try:
-            file = self._take(url)
-            try:
-                return os.pread(file.descriptor, size, offset)
-            finally:
-                self._give_back(file)
-        except OSError as error:
-            raise ShardError(f"{url}: cannot be read ({error.strerror})") from None
-
     def _take(self, url: str) -> _File:
         """The open file of a URL; it is not closed before it is given back, whatever other threads do."""
         with self._lock:
@@ -199,8 +202,9 @@ class RangeReader:
             file.users += 1
             return file
 
-    def _give_back(self, file: _File) -> None:
+    def _give_back(self, file: _File, read: int = 0) -> None:
         with self._lock:
+            self.bytes_read += read
             file.users -= 1
             if file.retired:
                 file.retire()

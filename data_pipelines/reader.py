@@ -34,7 +34,7 @@ MAX_SAMPLE_BYTES = 256 << 20
 """Largest sample that is read."""
 
 _GAP = 4096  # remote members that lie this close are fetched with one request
-_LOCAL_THREADS, _REMOTE_THREADS = 2, 16
+_LOCAL_THREADS, _REMOTE_THREADS = 8, 16  # requests on their way at once: disks, too, are faster with several
 _BY_OFFSET = operator.itemgetter(1)
 
 
@@ -184,7 +184,9 @@ class ShardReader:
         places = index.places(sample)
         if self._suffixes is not None:
             places = [place for place in places if place[0] in self._suffixes]
-        key, total = index.key(sample), sum(place[2] for place in places)
+        key, total = index.key(sample), 0
+        for place in places:
+            total += place[2]
         if total > MAX_SAMPLE_BYTES:
             message = f"{shown(index.url)}: {key}: {total:,} bytes, limit {MAX_SAMPLE_BYTES:,}"
             raise SampleError("sample_too_large", message)
@@ -240,12 +242,10 @@ class ShardReader:
 
     def _read_each(self, url: str, key: str, places: Sequence[Place], members: dict[str, bytes]) -> None:
         """Members of a local sample, one read each: that costs less than cutting them out of a common one."""
-        read = self._ranges.read
-        for place in places:
-            suffix, offset, size, crc = place
-            data = read(url, offset, size)
-            if len(data) == size and zlib.crc32(data) == crc:
-                members[suffix] = data
+        found = self._ranges.read_local(url, [place[1:3] for place in places])
+        for place, data in zip(places, found, strict=True):
+            if len(data) == place[2] and zlib.crc32(data) == place[3]:
+                members[place[0]] = data
             else:
                 members.update(self._read_run(url, key, [place]))  # which says what is wrong
 
