@@ -13,7 +13,7 @@ from mmdiff.text import PLACEHOLDER
 
 from .reader import Sample
 
-__all__ = ["read_conversation"]
+__all__ = ["placeholders", "read_conversation"]
 
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 
@@ -34,6 +34,13 @@ def read_conversation(sample: Sample) -> list[dict[str, Any]]:
     if not messages or any(m["role"] != ("user", "assistant")[i % 2] for i, m in enumerate(messages)):
         raise SampleError("bad_conversation", f"{sample}: turns must alternate between human and gpt")
     return messages
+
+
+def placeholders(sample: Sample) -> int:
+    """Placeholders of images in a sample's conversation; 0 if it has none."""
+    turns = sample.info().get("conversations")
+    texts = [t.get("value") for t in turns if isinstance(t, dict)] if isinstance(turns, list) else []
+    return sum(text.count(PLACEHOLDER) for text in texts if isinstance(text, str))
 
 
 def _message(sample: Sample, turn: Any) -> dict[str, Any]:

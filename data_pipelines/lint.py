@@ -10,6 +10,7 @@ from typing import Any
 from mmdiff.errors import SampleError, ShardError
 from mmdiff.images import decode
 
+from .conversations import placeholders
 from .index import SUFFIXES, ShardIndex
 from .ranges import RangeReader, shown
 from .reader import IMAGE_SUFFIXES, TEXT_SUFFIXES, Sample, ShardReader
@@ -28,6 +29,9 @@ _ADVICE = {
     "missing_image": "samples have no image; only the tasks text and chat can use them",
     "missing_text": "samples have no json, txt or cls member; only the task image can use them",
     "no_caption": "samples have a JSON without caption, captions, text, qa or conversations",
+    "too_few_images": (
+        "conversations show more images than the sample holds; the task chat skips them: pack the images with them"
+    ),
     "duplicate_key": "keys occur in more than one shard",
     "ignored_suffix": f"members are ignored because their suffix is not one of {', '.join(SUFFIXES)}",
     "empty_shard": "shards hold no samples",
@@ -149,6 +153,9 @@ def _look_at_shards(shards: Sequence[ShardIndex], notes: dict[str, Finding]) -> 
 
 def _look_at_sample(sample: Sample, notes: dict[str, Finding], images: bool) -> None:
     where = str(sample)
+    held = len(sample.images()) if any(s in sample.members for s in IMAGE_SUFFIXES) else 0
+    if placeholders(sample) > held:
+        _note(notes, "too_few_images", f"{where}: {placeholders(sample)} shown, {held} held")
     if any(s in sample.members for s in IMAGE_SUFFIXES):
         if images:
             try:

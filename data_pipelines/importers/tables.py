@@ -22,6 +22,7 @@ from .rows import Rows, image_suffix, inside, packed, read_file
 __all__ = ["Table", "table_files"]
 
 _SIGNATURES = {b"\xff\xd8": "jpg", b"\x89PNG": "png", b"GIF8": "gif", b"BM": "bmp"}
+_MAX_PART_BYTES = 4 << 30  # one row group is in memory at a time, unpacked
 _TEXTS = ("caption", "text", "prompt", "description")
 _ANSWERS = ("answer", "multiple_choice_answer", "label")
 
@@ -117,7 +118,10 @@ def _parts(file: Path) -> list[int]:
     try:
         if file.suffix == ".parquet":
             told = arrow.parquet.read_metadata(file)
-            return [told.row_group(i).num_rows for i in range(told.num_row_groups)]
+            groups = [told.row_group(i) for i in range(told.num_row_groups)]
+            if large := [group.total_byte_size for group in groups if group.total_byte_size > _MAX_PART_BYTES]:
+                raise ConfigError(f"{file}: a row group of {large[0]:,} bytes, limit 4 GiB; write smaller row groups")
+            return [group.num_rows for group in groups]
         return [batch.num_rows for batch in _batches(file)]
     except (OSError, arrow.ArrowException) as error:
         raise ConfigError(f"{file}: cannot be read as a table ({_first_line(error)})") from None

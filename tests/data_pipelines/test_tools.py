@@ -131,6 +131,19 @@ def test_lint_finds_half_samples_ignored_members_and_duplicates(tmp_path: Path, 
     assert found(one + two) == {"duplicate_key": 3}
 
 
+def test_lint_finds_conversations_that_show_more_than_there_is(tmp_path: Path) -> None:
+    def talk(count: int) -> bytes:
+        turns = [{"from": "human", "value": "<image>" * count + "what?"}, {"from": "gpt", "value": "a fox"}]
+        return json.dumps({"conversations": turns}).encode()
+
+    two = {"png": png(1), "image2.png": png(2)}
+    rows = [("a", {**two, "json": talk(2)}), ("b", {**two, "json": talk(3)}), ("c", {"json": talk(1)})]
+    (shard,) = write_shards(rows, tmp_path, "s")
+    report = lint(str(shard))
+    assert {f.code: f.count for f in report.findings} == {"too_few_images": 2, "missing_image": 1}
+    assert f"{shard}: b: 3 shown, 2 held" in str(report)
+
+
 def test_lint_reports_broken_shards_and_goes_on(make_shards: Make, tmp_path: Path) -> None:
     shards = make_shards(30, 10)
     shards[0].write_bytes(shards[0].read_bytes()[:5000])
