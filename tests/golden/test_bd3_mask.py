@@ -80,7 +80,7 @@ def ours(tree: dict[str, Any], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def loss(tree: Any, inputs: dict[str, Tensor], name: str, interval: list[float], keep: int = 0) -> dict[str, Tensor]:
     tokens, size = inputs["tokens"], tree["block_size"]
-    schedule, bounds_of_t = SCHEDULES["loglinear"], (interval[0], interval[1])
+    schedule, bounds_of_t = SCHEDULES["loglinear"], (float(interval[0]), float(interval[1]))
     t = block_diffusion.block_times(inputs[f"{name}.u_block"], bounds_of_t)
     tape = rng.Tape(inputs[f"{name}.u_mask"])
     masked = block_diffusion.clipped_mask(schedule.share(t), tokens.shape[1], size, bounds_of_t, tape)
@@ -122,6 +122,7 @@ def test_sizes_are_those_of_the_configuration(tree, inputs):
 def test_every_recorded_round_is_used(tree, inputs):
     """A round too few would leave draws on the tape, one too many ask for another."""
     for name, (low, high) in tree["intervals"].items():
+        low, high = float(low), float(high)
         t = block_diffusion.block_times(inputs[f"{name}.u_block"], (low, high))
         tape = rng.Tape(inputs[f"{name}.u_mask"])
         length = tree["num_blocks"] * tree["block_size"]

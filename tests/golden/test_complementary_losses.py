@@ -66,7 +66,7 @@ def complementary(tree: dict[str, Any], inputs: dict[str, Tensor]) -> dict[str, 
     out = {}
     for policy, t in times.items():
         u = inputs.get(f"compl.{policy}.u_mask", inputs["compl.u_mask"])
-        p = masking.mask_probability(t, tree["eps"])
+        p = masking.mask_probability(t, float(tree["eps"]))
         out |= {f"compl.{policy}.p_mask": p, f"compl.{policy}.masked": masking.at_least_one_mask(p, u)}
     given = inputs["compl.labels"]
     labels = masking.complementary_labels(given, out["compl.uniform.masked"], given == tree["fim_id"])
@@ -88,14 +88,14 @@ def forced(name: str, tree: dict[str, Any], inputs: dict[str, Tensor]) -> dict[s
     first = options["prompt_length"] + int(clean) * (block or 0)
     u = torch.zeros(ids.shape)
     u[:, first : first + inputs[f"{key}.u_mask"].shape[1]] = inputs[f"{key}.u_mask"]
-    two = certainty.halves(answer, clean, u, block=block, share=options["mask_ratio"], eps=tree["eps"])
+    two = certainty.halves(answer, clean, u, block=block, share=float(options["mask_ratio"]), eps=float(tree["eps"]))
     logits = torch.cat([given[:, :1], given[:, :-1]], 1) if name == "dream" else given
     both = ids.repeat(2, 1)
     loss = torch.zeros(())
     for half in range(2):
         learnt = two.learnt[half]
         rows, labels = logits[half][learnt], both[half][learnt]
-        sure = certainty.right_entropy(rows, labels, options["temperature"])
+        sure = certainty.right_entropy(rows, labels, float(options["temperature"]))
         loss = loss + objectives.mean_of(objectives.cross_entropy(rows, labels)) + options[f"weight_{name}"] * sure
     loss.backward()
     noisy = both.masked_fill(two.hidden, tree["mask_id"])

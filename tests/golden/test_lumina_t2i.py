@@ -110,7 +110,9 @@ class Golden:
         heat, scale = float(options["temperature"]), 1 + float(options["cfg_scale"])
         cache = None
         if options["use_cache"]:
-            cache = MaxLogit(steps, options["cache_ratio"], options["refresh_interval"], options["warmup_ratio"])
+            cache = MaxLogit(
+                steps, float(options["cache_ratio"]), options["refresh_interval"], float(options["warmup_ratio"])
+            )
         done = decode(
             toy,
             canvas=canvas,

@@ -36,6 +36,7 @@ INPUTS = r"pixels|codes|z|full\.pixels"
 TREE = {
     "encoder", "decoder", "in_ch", "out_ch", "norm_groups", "norm_eps", "image", "full", "lfq", "published_state_dict"
 }  # fmt: skip
+OPTIONAL = {"published_state_dict", "full"}
 TOLERANCE = 2e-4
 
 
@@ -165,7 +166,7 @@ def test_output_follows_its_rule(output, golden):
 
 def test_every_input_and_option_is_used(golden):
     assert not [n for n in golden.inputs if not re.fullmatch(INPUTS, n)]
-    assert set(golden.tree) - {"published_state_dict"} == TREE - {"published_state_dict"}
+    assert set(golden.tree) - OPTIONAL == TREE - OPTIONAL
     groups = golden.model("tiny").encoder.norm_out
     assert (groups.num_groups, groups.eps) == (golden.tree["norm_groups"], golden.tree["norm_eps"])
     assert golden.model("tiny").encoder.conv_in.in_channels == golden.tree["in_ch"]
@@ -174,13 +175,12 @@ def test_every_input_and_option_is_used(golden):
 
 
 def test_published_state_dict_is_ours(golden):
-    """A set without the list of keys is held against the names written down in the helper."""
-    table = {
-        k: tuple(v) for k, v in golden.tree.get("published_state_dict", magvit_shapes(golden.tree["full"])).items()
-    }
-    assert table == magvit_shapes(golden.tree["full"])
+    """A set without the list of keys, or without the published size, is held against what is written down here."""
     layout = LAYOUTS["magvit-v2"]
-    config = layout.read({"_class_name": "MAGVITv2", **golden.tree["full"]}, {})
+    full = golden.tree.get("full", {k: layout.write(Config())[k] for k in ("encoder", "decoder")})
+    table = {k: tuple(v) for k, v in golden.tree.get("published_state_dict", magvit_shapes(full)).items()}
+    assert table == magvit_shapes(full)
+    config = layout.read({"_class_name": "MAGVITv2", **full}, {})
     own = build(config, device="meta").state_dict()
     keys = layout.key_map(config)
     assert {keys.backward(k): tuple(v.shape) for k, v in own.items()} == table

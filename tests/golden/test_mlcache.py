@@ -97,7 +97,9 @@ class Golden:
         steps, heat, scale = options["timesteps"], float(options["temperature"]), 1 + float(options["cfg_scale"])
         cache, spy = None, Spy(self.model)
         if options["use_cache"]:
-            cache = MaxLogit(steps, options["cache_ratio"], options["refresh_interval"], options["warmup_ratio"])
+            cache = MaxLogit(
+                steps, float(options["cache_ratio"]), options["refresh_interval"], float(options["warmup_ratio"])
+            )
         done = decode(
             spy,
             canvas=self.canvas(),

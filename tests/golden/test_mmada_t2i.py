@@ -79,8 +79,7 @@ class Golden:
         """A row per sequence, padding in front as published; the unconditional prompts have the same place."""
         tree, valid = self.tree, self.inputs["attention_mask"].bool()
         start, open_ = tree["prefix_length"] + 1, ids == tree["mask_id"]
-        assert tree["prefix_length"] == tree["uncond_prefix_length"]
-        prefix = (torch.arange(ids.shape[1]) < tree["prefix_length"]).expand_as(ids)
+        prefix = (torch.arange(ids.shape[1]) < tree["uncond_prefix_length"]).expand_as(ids)
         # The published loop keeps the current image part, so only the prefix is the other prompt's.
         return Canvas(
             tokens=ids.clone(),
@@ -193,6 +192,6 @@ def test_the_unconditional_branch_reads_its_own_prompt(case, golden):
     if options["guidance_scale"] == 0:
         return
     canvas = golden.canvas(golden.inputs[options["ids"]])
-    view, prefix = without_condition(canvas, golden.tree["mask_id"]), golden.tree["prefix_length"]
+    view, prefix = without_condition(canvas, golden.tree["mask_id"]), golden.tree["uncond_prefix_length"]
     assert torch.equal(view.tokens[:, :prefix], golden.inputs["uncond_input_ids"][:, :prefix])
     assert torch.equal(view.tokens[:, prefix:], canvas.tokens[:, prefix:])

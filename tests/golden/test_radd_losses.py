@@ -68,7 +68,7 @@ def ours(tree: dict[str, Any], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     entropy = -log_c.gather(-1, inputs["tokens"][..., None])[..., 0]
     return {
         "log_c": log_c,
-        **timed("loglinear", noise.loglinear(tree["loglinear_eps"]), tree, inputs, log_c, entropy),
+        **timed("loglinear", noise.loglinear(float(tree["loglinear_eps"])), tree, inputs, log_c, entropy),
         **timed("geometric", geometric(tree), tree, inputs, log_c, entropy),
         **shares(inputs, entropy),
         **mdlm(tree, inputs),
@@ -85,7 +85,7 @@ def timed(
     name: str, schedule: Gamma, tree: Any, inputs: dict[str, Tensor], log_c: Tensor, entropy: Tensor
 ) -> dict[str, Tensor]:
     t = masking.stratified_times(inputs[f"{name}.u0"].expand(len(entropy)))
-    t = masking.mask_probability(t, tree["sampling_eps"])
+    t = masking.mask_probability(t, float(tree["sampling_eps"]))
     masked = inputs[f"{name}.u_mask"] < schedule.share(t)[:, None]
     real = log_c[..., : tree["vocab"]]
     return {
@@ -112,8 +112,8 @@ def shares(inputs: dict[str, Tensor], entropy: Tensor) -> dict[str, Tensor]:
 
 
 def mdlm(tree: dict[str, Any], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    eps, steps = tree["loglinear_eps"], tree["mdlm_discrete_T"]
-    t = masking.mask_probability(masking.spread_times(inputs["mdlm.u_t"]), tree["sampling_eps"])
+    eps, steps = float(tree["loglinear_eps"]), tree["mdlm_discrete_T"]
+    t = masking.mask_probability(masking.spread_times(inputs["mdlm.u_t"]), float(tree["sampling_eps"]))
     line = noise.loglinear(eps)
     rough, even = bounds.step_times(t, steps), noise.equal_weight_times(t, eps)
     changed, constant = noise.constant_weight(t, eps)
@@ -137,7 +137,7 @@ def mdlm(tree: dict[str, Any], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def smdm(tree: dict[str, Any], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    p = masking.mask_probability(inputs["smdm.u_t"], tree["sampling_eps"])
+    p = masking.mask_probability(inputs["smdm.u_t"], float(tree["sampling_eps"]))
     masked = masking.independent_mask(p, inputs["smdm.u_mask"], torch.ones_like(inputs["tokens"], dtype=torch.bool))
     logits = inputs["raw_logits"].flatten(0, 1)
     entropy = torch.nn.functional.cross_entropy(logits, inputs["tokens"].flatten(), reduction="none").view(

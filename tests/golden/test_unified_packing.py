@@ -81,7 +81,7 @@ def losses(tree: dict[str, Any], inputs: dict[str, Tensor]) -> dict[str, Tensor]
     logits, prediction = (inputs[n].clone().requires_grad_() for n in ("text.logits", "flow.prediction"))
     entropy = objectives.cross_entropy(logits, inputs["text.labels"])
     ce = objectives.weighted_mean(entropy, inputs["text.weights"])
-    t = flow.shifted(flow.logit_normal(inputs["flow.t_raw"]), tree["timestep_shift"])
+    t = flow.shifted(flow.logit_normal(inputs["flow.t_raw"]), float(tree["timestep_shift"]))
     x0, noise = inputs["flow.x0"], inputs["flow.noise"]
     rows = flow.per_sample_loss(prediction, flow.velocity(x0, noise))
     mse = objectives.weighted_mean(rows, (t > 0).float())
