@@ -19,7 +19,19 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-__all__ = ["IGNORE", "IMAGE", "Batch", "Example", "Layout", "PackedRows", "Packing", "collate", "expand", "fill"]
+__all__ = [
+    "IGNORE",
+    "IMAGE",
+    "Batch",
+    "Example",
+    "Layout",
+    "PackedRows",
+    "Packing",
+    "collate",
+    "expand",
+    "fill",
+    "places",
+]
 
 IMAGE = -200
 """Placeholder id of a vision feature (published code of LLaVA and LLaDA-V)."""
@@ -39,6 +51,7 @@ class Layout:
         codebook: K, number of image codes.
         code_mask: Id of a masked image code where it is not the id behind the last code.
         reads_codes: Whether the model reads images as codes of its image tokenizer.
+        script: How such a model's sequences are built, a `mmdiff.text.mmada.Scripts`; None: no task builds them.
         latents: (C, h, w) of the latents of a model with continuous image tokens; empty for others.
         classes: Number of classes of a class-conditional model, 0 for others.
         tiling: How pictures become crops, an `mmdiff.images.Tiling`; None: every picture is one square.
@@ -52,6 +65,7 @@ class Layout:
     codebook: int = 0
     code_mask: int | None = None
     reads_codes: bool = False
+    script: Any = None
     latents: tuple[int, ...] = ()
     classes: int = 0
     tiling: Any = None
@@ -226,6 +240,18 @@ class Batch:
         moved: dict[str, Any] = {k: v.to(device, non_blocking=True) for k, v in tensors.items()}
         images = tuple(tuple(image.to(device) for image in row) for row in self.images)
         return replace(self, **moved, images=images)
+
+
+def places(model: Any, ids: Int[Tensor, "B L"], positions: Int[Tensor, "B L"] | None = None) -> Any:
+    """Rotary positions of a canvas, for networks that place image tokens on a grid; else ``positions``.
+
+    Args:
+        model: The network.
+        ids: Int64 [B, L].
+        positions: Int64 [B, L], running numbers of the slots; None = 0 .. L-1.
+    """
+    own = getattr(model, "places", None)
+    return positions if own is None else own(ids, positions)
 
 
 def collate(examples: Sequence[Example]) -> Batch:

@@ -150,7 +150,7 @@ class LLaDA(PretrainedModule):
         *,
         embeds: Float[Tensor, "B L D"] | None = None,
         valid: Bool[Tensor, "B L"] | None = None,
-        positions: Int[Tensor, "B L"] | None = None,
+        positions: Int[Tensor, "B L *A"] | None = None,
         attend: Bool[Tensor, "#B L L"] | None = None,
         store: Store | None = None,
         index: Int[Tensor, "B q"] | None = None,
@@ -176,7 +176,7 @@ class LLaDA(PretrainedModule):
         *,
         embeds: Float[Tensor, "B L D"] | None = None,
         valid: Bool[Tensor, "B L"] | None = None,
-        positions: Int[Tensor, "B L"] | None = None,
+        positions: Int[Tensor, "B L *A"] | None = None,
         attend: Bool[Tensor, "#B L L"] | None = None,
         store: Store | None = None,
         index: Int[Tensor, "B q"] | None = None,
@@ -188,7 +188,8 @@ class LLaDA(PretrainedModule):
             ids: Int64 [B, L], the canvas; exactly one of ``ids`` and ``embeds`` is given.
             embeds: Float [B, L, D], the canvas as input embeddings.
             valid: Bool [B, L], False = padding, never attended. None = all real.
-            positions: Int64 [B, L] rotary positions; default 0 .. L-1 for every row.
+            positions: Int64 [B, L] rotary positions, or [B, L, A] along several axes (`mmdiff.nn.rope.tables`); default
+                0 .. L-1 for every row.
             attend: Bool [B or 1, L, L], True = query (first axis) may see key; default everything.
             store: Keys and values of the L slots; the computed slots are written, the others read if filled.
             index: Int64 [B, q], the slots to compute; default all. Needs ``store`` unless all are computed.
@@ -206,14 +207,14 @@ class LLaDA(PretrainedModule):
             raise ConfigError("index needs a store: slots that are not computed must come from somewhere")
         given = ids if embeds is None else embeds
         assert given is not None
-        b, length = given.shape[:2]
+        length = given.shape[1]
         if positions is None:
             positions = torch.arange(length, device=given.device)[None]
         if store is not None:
             store.mark(index, given.device)
         mask = _mask(valid, attend, store, index)
         if index is not None:
-            given, positions = take(given, index), positions.expand(b, length).gather(1, index)
+            given, positions = take(given, index), take(positions, index)
         x = self.embed_tokens(given) if embeds is None else given
         if head_index is not None and index is not None:
             head_index = _places(index, head_index, length)

@@ -36,6 +36,9 @@ class CodesConfig:
     """K, number of codes of the image tokenizer."""
     grid: int = Field(gt=0)
     """Image tokens per side."""
+    rotary: Literal["sequence", "grid"] = "sequence"
+    """Rotary positions of image tokens. sequence: as those of text; grid: row and column take the frequencies in turn,
+    both counted from where the image begins. Text has the same positions either way."""
     levels: tuple[int, ...] = ()
     """Steps of each channel of a scalar-quantised codebook (FSQ), first channel fastest. Codes that agree in a channel
     then share a part of their embedding and of their row in the head, so that rare codes are learnt from their
@@ -184,6 +187,27 @@ class Unified(LLaDAV):
         grid, pool = self.config.vision.grid, self.config.pool
         squares = self.vision(pixels).unflatten(1, (grid // pool, pool, grid // pool, pool))
         return self.connector(squares.mean((2, 4)).flatten(1, 2))
+
+    def places(self, ids: Int[Tensor, "B L"], positions: Int[Tensor, "B L"] | None = None) -> Int[Tensor, "B L *A"]:
+        """Rotary positions of a canvas.
+
+        Args:
+            ids: Int64 [B, L]; images are whole.
+            positions: Int64 [B, L], running numbers of the slots; default 0 .. L-1.
+
+        Returns:
+            Int64 [B, L], or [B, L, 2] where image tokens have a row and a column.
+        """
+        if positions is None:
+            positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        codes = self.config.codes
+        if codes.rotary == "sequence":
+            return positions
+        is_code = ids >= self.config.language.vocab_size
+        number = (is_code.long().cumsum(1) - 1) % codes.grid**2
+        start = positions - number
+        axes = torch.stack((start + number // codes.grid, start + number % codes.grid), -1)
+        return torch.where(is_code[..., None], axes, positions[..., None])
 
     def code_head(self, hidden: Float[Tensor, "*B D"]) -> Float[Tensor, "*B K"]:
         """Image-code logits of hidden states."""

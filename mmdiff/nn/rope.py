@@ -16,12 +16,13 @@ __all__ = ["rotate", "stretched", "tables"]
 
 
 def tables(
-    positions: Int[Tensor, "B L"], head_dim: int, theta: float
+    positions: Int[Tensor, "B L *A"], head_dim: int, theta: float
 ) -> tuple[Float[Tensor, "B L 1 K"], Float[Tensor, "B L 1 K"]]:
     """Cosine and sine tables in float32.
 
     Args:
-        positions: Int64 [B, L] (B may be 1), any non-negative numbers.
+        positions: Int64 [B, L] (B may be 1), any non-negative numbers; or [B, L, A], places along A axes that take the
+            frequencies in turn, so that equal places along all of them are what a single number is.
         head_dim: K, even.
         theta: Base of the frequencies theta^(-2j/K).
 
@@ -29,7 +30,9 @@ def tables(
         (cos, sin), each float32 [B, L, 1, K]; the two halves of the last axis are equal.
     """
     half = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
-    angles = positions[:, :, None, None].float() * theta**-half
+    axes = positions[..., None] if positions.ndim == 2 else positions
+    turn = torch.arange(len(half), device=positions.device) % axes.shape[2]
+    angles = axes.float()[:, :, None, turn] * theta**-half
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos(), angles.sin()
 

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from mmdiff.batch import places
 from mmdiff.errors import ConfigError
 from mmdiff.nn.store import Store
 
@@ -243,7 +244,7 @@ class TextBackbone:
         compute: Int[Tensor, "B n"] | None = None,
     ) -> Float[Tensor, "B q V"]:
         """Text logits at ``index``; the head runs there only."""
-        options = _options(canvas, index, store, compute)
+        options = _options(self.model, canvas, index, store, compute)
         if canvas.embeds is None and not hasattr(self.model, "embed_slots"):
             return self.model(canvas.tokens, **options)
         return self.model(embeds=_inputs(self.model, canvas), **options)
@@ -268,7 +269,9 @@ class CodeBackbone:
         compute: Int[Tensor, "B n"] | None = None,
     ) -> Float[Tensor, "B q K"]:
         """Code logits at ``index``; the head runs there only."""
-        hidden = self.model.hidden(embeds=_inputs(self.model, canvas), **_options(canvas, index, store, compute))
+        hidden = self.model.hidden(
+            embeds=_inputs(self.model, canvas), **_options(self.model, canvas, index, store, compute)
+        )
         return self.model.code_head(hidden)
 
 
@@ -287,8 +290,12 @@ def as_backbone(model: Any) -> Backbone:
     )
 
 
-def _options(canvas: Canvas, index: Tensor, store: Store | None, compute: Tensor | None) -> dict[str, Any]:
-    options: dict[str, Any] = {"valid": canvas.valid, "positions": canvas.positions, "head_index": index}
+def _options(model: Any, canvas: Canvas, index: Tensor, store: Store | None, compute: Tensor | None) -> dict[str, Any]:
+    options: dict[str, Any] = {
+        "valid": canvas.valid,
+        "positions": places(model, canvas.tokens, canvas.positions),
+        "head_index": index,
+    }
     return options if store is None else {**options, "store": store, "index": compute}
 
 

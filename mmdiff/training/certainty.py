@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mmdiff import rng
-from mmdiff.batch import IGNORE, Batch
+from mmdiff.batch import IGNORE, Batch, places
 from mmdiff.config import Field, config
 from mmdiff.diffusion import certainty, objectives
 from mmdiff.errors import ConfigError
@@ -82,4 +82,5 @@ class CertaintyForcing:
         return model.hidden(
             embeds=torch.where(hidden[..., None], mask.to(embeds.dtype), embeds.repeat(2, 1, 1)),
             valid=batch.valid.repeat(2, 1),
+            positions=places(model, batch.ids.repeat(2, 1)),
         )

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmdiff import rng
-from mmdiff.batch import IGNORE, Batch, Packing
+from mmdiff.batch import IGNORE, Batch, Packing, places
 from mmdiff.config import Field, config
 from mmdiff.diffusion import bounds, masking, noise, objectives
 from mmdiff.errors import ConfigError
@@ -103,7 +103,7 @@ class Masked:
         embeds = model.embed_slots(noised.ids, _seen(batch))
         if self.complementary:
             return self._both_halves(model, batch, noised, embeds)
-        hidden = _hidden(model, embeds, batch, batch.packing)
+        hidden = _hidden(model, noised.ids, embeds, batch, batch.packing)
         text, weights = noised.text, batch.weights * noised.labels_text
         terms: dict[str, tuple[Tensor, int]] = {}
         total, sums = hidden.new_zeros(()), dict[str, Tensor]()
@@ -151,7 +151,7 @@ class Masked:
         other = torch.where(second[..., None], mask.to(embeds.dtype), torch.where(first[..., None], told, embeds))
         both = torch.cat([first, second])
         packing = None if batch.packing is None else batch.packing.twice()
-        hidden = _hidden(model, torch.cat([embeds, other]), batch, packing)
+        hidden = _hidden(model, noised.ids, torch.cat([embeds, other]), batch, packing)
         loss = objectives.chunked_cross_entropy(hidden[both], batch.labels.repeat(2, 1)[both], self._text_head(model))
         weights = (batch.weights * labels).repeat(2, 1)
         summed = row_sum(loss * weights[both], both).unflatten(0, (2, -1)).sum(0)
@@ -264,13 +264,16 @@ def _noise(spec: Masked, model: Any, batch: Batch, source: rng.Source) -> _Noise
     return _Noised(ids.masked_fill(image, layout.code_mask_id), text, image, labels_text, p)
 
 
-def _hidden(model: Any, embeds: Tensor, batch: Batch, packing: Packing | None) -> Tensor:
+def _hidden(model: Any, ids: Tensor, embeds: Tensor, batch: Batch, packing: Packing | None) -> Tensor:
     """Hidden states of the batch's rows, or of as many copies of them as ``embeds`` holds; packed if the batch is."""
     copies, length = len(embeds) // len(batch), embeds.shape[1]
+    own = places(model, ids.repeat(copies, 1))
     if packing is None:
-        return model.hidden(embeds=embeds, valid=batch.valid.repeat(copies, 1))
+        return model.hidden(embeds=embeds, valid=batch.valid.repeat(copies, 1), positions=own)
     packed = packing.layout(length, embeds.device)
-    hidden = model.hidden(embeds=packed.gather(embeds), attend=packed.attend, positions=packed.positions)
+    # Places on a grid are counted from the start of a row of the batch, wherever it lies in the packed row.
+    positions = packed.positions if own is None or own.ndim == 2 else packed.gather(own)
+    hidden = model.hidden(embeds=packed.gather(embeds), attend=packed.attend, positions=positions)
     return packed.scatter(hidden, len(embeds), length)
 
 

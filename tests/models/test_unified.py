@@ -172,3 +172,64 @@ def test_fresh_text_enters_beside_images_at_their_scale():
         fresh = llada_v.LLaDAV(config, generator=rng.generator(0, "init"))
         text, image = fresh.language.embed_tokens.weight.std(), fresh.features(pixels(4)).std()
         assert 0.3 < float(text / image) < 3
+
+
+def gridded() -> unified.Unified:
+    config = dataclasses.replace(TINY, codes=unified.CodesConfig(codebook=10, grid=2, rotary="grid"))
+    return unified.Unified(config, generator=rng.generator(0, "init")).eval()
+
+
+def test_image_tokens_on_a_grid_count_rows_and_columns_from_where_the_image_begins() -> None:
+    v = LANGUAGE.vocab_size
+    ids = torch.tensor([[5, v, v + 1, v + 10, v + 3, 6, v, v, v, v]])
+    places = gridded().places(ids)
+    assert places[0, :, 0].tolist() == [0, 1, 1, 2, 2, 5, 6, 6, 7, 7]
+    assert places[0, :, 1].tolist() == [0, 1, 2, 1, 2, 5, 6, 7, 6, 7]
+
+
+@torch.no_grad()
+def test_text_is_read_alike_with_either_kind_of_positions(model: unified.Unified) -> None:
+    other, ids = gridded(), torch.tensor([[5, 6, 7, 8, 9]])
+    assert other.state_dict().keys() == model.state_dict().keys()
+    places = other.places(ids)
+    assert places.shape == (1, 5, 2)
+    torch.testing.assert_close(
+        other.hidden(embeds=other.embed_slots(ids), positions=places), model.hidden(embeds=model.embed_slots(ids))
+    )
+
+
+@torch.no_grad()
+def test_a_grid_is_drawn_alike_alone_and_in_a_batch_and_read_through_a_store() -> None:
+    from mmdiff.sampling import CodeBackbone, Cosine, Dual, Multinomial, RandomTopK, decode, layout
+
+    net = gridded()
+    shape = net.layout()
+
+    def draw(prompts: list[list[int]], seeds: list[int], cache: Dual | None = None) -> torch.Tensor:
+        canvas = layout(prompts, [[None] * 4] * len(prompts), mask_id=shape.code_mask_id)
+        parts = {"schedule": Cosine(3), "selector": RandomTopK(1.0), "sampler": Multinomial(1.0), "cache": cache}
+        return decode(
+            CodeBackbone(net), canvas=canvas, generators=[rng.generator(s, "image") for s in seeds], **parts
+        ).tokens
+
+    together = draw([[5, 6, 7], [8]], [0, 1])
+    assert torch.equal(together[1:], draw([[8]], [1]))
+    assert torch.equal(together, draw([[5, 6, 7], [8]], [0, 1], Dual(refresh=1)))
+    assert not torch.equal(together[0], together[1])
+
+
+def test_a_grid_learns_as_a_sequence_does() -> None:
+    from mmdiff.batch import Example, collate
+    from mmdiff.training.objective import Masked
+
+    v, ids = LANGUAGE.vocab_size, torch.tensor([5, 6, 40, 41, 42, 43])
+    row = Example(
+        key="a", task="text_to_image", ids=ids, labels=torch.where(ids >= v, ids, -100), weights=(ids >= v).float(),
+        droppable=ids < v,
+    )  # fmt: skip
+    losses = [
+        Masked()(net, collate([row] * 4), rng.generator(0, "objective")).total
+        for net in (gridded(), unified.Unified(TINY, generator=rng.generator(0, "init")))
+    ]
+    assert all(bool(loss.isfinite()) for loss in losses)
+    assert losses[0].item() != losses[1].item()

@@ -69,7 +69,7 @@ def test_a_schedule_changes_the_masks_but_the_weight_follows():
         config = CONFIG
         embed_slots, layout = MODEL.embed_slots, MODEL.layout
 
-        def hidden(self, *, embeds: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+        def hidden(self, *, embeds: torch.Tensor, **options: object) -> torch.Tensor:
             return torch.zeros_like(embeds)
 
         def text_head(self, hidden: torch.Tensor) -> torch.Tensor:
