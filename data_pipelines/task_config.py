@@ -165,6 +165,9 @@ class TextToImageConfig:
     """JSON fields a text may come from; the first is the main one."""
     main: float = Field(default=0.5, ge=0, le=1)
     """Probability of the main field."""
+    drop_text: float = Field(default=0.1, ge=0, le=1)
+    """Share of prompts that are left empty, for models that learn an empty prompt (MMaDA); others have the objective's
+    drop_prompt."""
     max_length: _Length = 4096
     """Longer sequences are skipped and counted."""
 
@@ -181,6 +184,9 @@ class ClassToImageConfig:
     """JSON field with the name of the class; the caption stands in where it is missing."""
     classes: tuple[str, ...] = ()
     """Names by number, for samples whose class is the number in a ``.cls`` member."""
+    drop_text: float = Field(default=0.1, ge=0, le=1)
+    """Share of prompts that are left empty, for models that learn an empty prompt (MMaDA); others have the objective's
+    drop_prompt."""
     max_length: _Length = 4096
     """Longer sequences are skipped and counted."""
 

@@ -21,6 +21,7 @@ from mmdiff.batch import IGNORE, Example, Layout
 from mmdiff.errors import ConfigError, SampleError
 from mmdiff.text import Tokenizer, from_llava
 
+from .code_tasks import BehindCodes, DrawnCodes, PicturelessTokenizer
 from .conversations import read_conversation
 from .latents import LatentTask, read_array
 from .pictures import Picture, Pictures
@@ -55,11 +56,30 @@ def build_task(options: Any, tokenizer: Tokenizer | None, layout: Layout, cache:
             f"task {kind!r}: the tokenizer has {tokenizer.vocab_size:,} ids, the model {layout.vocab_size:,}; "
             "raise the model's vocab_size"
         )
+    if layout.reads_codes and kind != "text":
+        return _as_codes(options, tokenizer, layout)
     if kind in ("caption", "vqa") and not layout.features:
         raise ConfigError(f"task {kind!r}: this model does not see images; use a model with a vision tower")
     if kind in ("text_to_image", "class_to_image") and not layout.codes:
         raise ConfigError(f"task {kind!r}: this model draws no image codes; use a model of family unified")
     return _TASKS[kind](options, tokenizer, layout, cache)
+
+
+def _as_codes(options: Any, tokenizer: Any, layout: Layout) -> Task:
+    """A task of a network that reads and draws images as codes of its vocabulary."""
+    kind = options.type
+    if layout.script is None or kind not in ("caption", "vqa", "text_to_image", "class_to_image"):
+        raise ConfigError(f"task {kind!r}: not known for this family; it is decoded, and learns the task text")
+    if kind in ("caption", "vqa"):
+        task = _TASKS[kind](options, PicturelessTokenizer(tokenizer), layout, None)
+        task.picture = _no_picture
+        return BehindCodes(task, layout, _codes)
+    made = _TASKS[kind](options, tokenizer, layout, None)
+    return DrawnCodes(options, tokenizer, layout, _codes, made.said)
+
+
+def _no_picture(sample: Sample, generator: torch.Generator) -> Picture:
+    return Picture(0, {})
 
 
 class _Task:
@@ -233,7 +253,11 @@ class _Chat(_Task):
 
 class _TextToImage(_Task):
     def __call__(self, sample: Sample, generator: torch.Generator) -> Example:
-        return self.draw(sample, _caption(sample, self.options, generator))
+        return self.draw(sample, self.said(sample, generator))
+
+    def said(self, sample: Sample, generator: torch.Generator) -> str:
+        """What is to be drawn."""
+        return _caption(sample, self.options, generator)
 
     def draw(self, sample: Sample, text: str) -> Example:
         """A prompt and the codes of its image."""
@@ -244,10 +268,8 @@ class _TextToImage(_Task):
 
 
 class _ClassToImage(_TextToImage):
-    def __call__(self, sample: Sample, generator: torch.Generator) -> Example:
-        return self.draw(sample, self._name(sample))
-
-    def _name(self, sample: Sample) -> str:
+    def said(self, sample: Sample, generator: torch.Generator) -> str:
+        """The name of the class."""
         number = sample.text("cls")
         if number is not None and self.options.classes:
             if number.isdecimal() and int(number[:9]) < len(self.options.classes):

@@ -20,6 +20,7 @@ from mmdiff.io import hub
 from mmdiff.io.atomic import verify_manifest
 from mmdiff.io.checkpoint import read_tensors
 from mmdiff.io.convert import convert
+from mmdiff.io.folder import identify
 from tests.helpers import mmada
 
 NOTICE = hub.EMBEDDED.parent / "NOTICE.md"
@@ -137,7 +138,8 @@ def test_precision_is_changed_by_one_command(tmp_path):
     done = CliRunner().invoke(app, ["convert", "--dtype", "float32", str(hub.EMBEDDED), str(tmp_path / "wide")])
     assert done.exit_code == 0, done.output
     convert(tmp_path / "wide", tmp_path / "again", dtype=torch.bfloat16)
-    for name in ("model.safetensors", "image_tokenizer/model.safetensors", "tokenizer.json", "config.json"):
+    assert identify(tmp_path / "again").config == identify(hub.EMBEDDED).config
+    for name in ("model.safetensors", "image_tokenizer/model.safetensors", "tokenizer.json"):
         assert (tmp_path / "again" / name).read_bytes() == (hub.EMBEDDED / name).read_bytes()
     verify_manifest(tmp_path / "again")
 

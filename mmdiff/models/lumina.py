@@ -60,5 +60,8 @@ class Lumina(MMaDA):
 
     config: Config  # type: ignore[assignment]
 
+    def _script(self) -> None:
+        """No task builds its sequences."""
+
 
 Lumina.Config = Config

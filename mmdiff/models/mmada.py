@@ -21,7 +21,7 @@ from mmdiff.errors import ConfigError
 from mmdiff.models.base import PretrainedModule
 from mmdiff.models.llada import Config as LanguageConfig
 from mmdiff.models.llada import LLaDA
-from mmdiff.text.mmada import SpecialIds
+from mmdiff.text.mmada import Scripts, SpecialIds
 
 __all__ = ["Config", "MMaDA"]
 
@@ -85,6 +85,7 @@ class MMaDA(PretrainedModule):
             codebook=c.codebook,
             code_mask=c.language.mask_id,
             reads_codes=True,
+            script=self._script(),
         )
 
     def forward(self, ids: Int[Tensor, "B L"] | None = None, **options: Any) -> Float[Tensor, "B _ V"]:
@@ -115,6 +116,10 @@ class MMaDA(PretrainedModule):
         table = self.language.embed_tokens if c.language.tied else self.language.lm_head
         rows = table.weight[c.code_offset : c.code_offset + c.codebook]
         return torch.nn.functional.linear(hidden, rows)
+
+    def _script(self) -> Scripts | None:
+        """How training builds sequences."""
+        return Scripts(self.config.special, self.config.text_length)
 
 
 MMaDA.Config = Config

@@ -19,7 +19,7 @@ MAGVIT: dict[str, Any] = {
         side: {"ch": 32, "ch_mult": [1, 1, 1], "num_res_blocks": [1, 1, 1], "z_channels": 5}
         for side in ("encoder", "decoder")
     },
-    "resolution": 8,
+    "resolution": 16,
 }
 RESERVED = ("<|soi|>", "<|eoi|>", "<|t2i|>", "<|mmu|>", "[iPAD]", "<|r2i|>")
 
