@@ -98,6 +98,9 @@ def test_it_names_colours_better_than_the_commonest_answer(model, pictures):
     right = sum(s == a for s, a in zip(said, answers, strict=True)) / len(answers)
     commonest = max(answers.count(a) for a in set(answers)) / len(answers)
     assert right > commonest + 0.1
+    shifted = [*images[7:], *images[:7]]
+    blind = sum(s == a for s, a in zip(model.vision.ask(shifted, list(questions)), answers, strict=True)) / len(answers)
+    assert right > blind + 0.2, "another picture must give another answer"
 
 
 def test_it_draws_another_picture_for_another_prompt(model):

@@ -18,7 +18,7 @@ from mmdiff import rng
 from mmdiff.commands.demo.heldout import SPLITS, Held, Question, choose_prompts, questions, read_split
 from mmdiff.commands.demo.measures import gate, kid_share, macro_over_kinds, tone_of
 
-__all__ = ["evaluate"]
+__all__ = ["embed_images", "embed_texts", "evaluate"]
 
 JUDGE = "vision"
 """The stage whose network of pictures and texts judges what is drawn."""
@@ -200,9 +200,9 @@ def _pictures(
     )
     scorer = load_model(folder / JUDGE / "model")
     tokenizer = Tokenizer.from_pretrained(folder / "tokenizer")
-    texts = _embed_texts(scorer, tokenizer, captions)
+    texts = embed_texts(scorer, tokenizer, captions)
     ranks = {
-        name: retrieval.score(_embed_images(scorer, pictures), texts, truth=_cycle(len(texts), len(pictures)))
+        name: retrieval.score(embed_images(scorer, pictures), texts, truth=_cycle(len(texts), len(pictures)))
         for name, pictures in {**drawn, "model": tries, "real": [h.image for h in wanted]}.items()
     }
     chance = 5 / ranks["model"].candidates
@@ -276,7 +276,8 @@ def _distances(
 
 
 @torch.no_grad()
-def _embed_texts(scorer: Any, tokenizer: Any, captions: Sequence[str]) -> Tensor:
+def embed_texts(scorer: Any, tokenizer: Any, captions: Sequence[str]) -> Tensor:
+    """Vectors of texts, by the judge."""
     rows = [torch.tensor(tokenizer.encode(c)) for c in captions]
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     lengths = torch.tensor([len(r) for r in rows])
@@ -284,7 +285,8 @@ def _embed_texts(scorer: Any, tokenizer: Any, captions: Sequence[str]) -> Tensor
 
 
 @torch.no_grad()
-def _embed_images(scorer: Any, pictures: Sequence[Any]) -> Tensor:
+def embed_images(scorer: Any, pictures: Sequence[Any]) -> Tensor:
+    """Vectors of pictures, by the judge."""
     from mmdiff import images
 
     size = scorer.config.image_size
@@ -329,9 +331,9 @@ def _save_neighbours(out: Path, scorer: Any, wanted: Sequence[Held], drawn: Sequ
 
     train = [s for s, _ in iter_samples(["embedded:emoji/train"]) if s is not None]
     pictures = [images.decode(s.image()) for s in train]
-    vectors = torch.cat([_embed_images(scorer, pictures[i : i + 256]) for i in range(0, len(pictures), 256)])
+    vectors = torch.cat([embed_images(scorer, pictures[i : i + 256]) for i in range(0, len(pictures), 256)])
     chosen = list(range(0, len(wanted), max(1, len(wanted) // 8)))[:8]
-    similarity = _embed_images(scorer, [drawn[i] for i in chosen]) @ vectors.T
+    similarity = embed_images(scorer, [drawn[i] for i in chosen]) @ vectors.T
     found = []
     for row, i in enumerate(chosen):
         best = similarity[row].topk(3)
