@@ -58,7 +58,7 @@ def test_info_tells_what_a_checkpoint_is(unified):
     assert set(report["capabilities"]) >= {"caption", "ask", "text_image", "class_image", "generate_text"}
     assert report["image_tokenizer"]["family"] == "vq"
     assert report["tokenizer"]["vocab_size"] <= 300
-    assert report["config"]["codes"] == {"codebook": 12, "grid": 4, "levels": []}
+    assert report["config"]["codes"] == {"codebook": 12, "grid": 4, "rotary": "sequence", "levels": []}
     text = run("info", path).stdout
     for word in ("unified", f"{count:,} parameters", "float32", "apache-2.0", "text_image", "vq", "codes.grid 4"):
         assert word in text
