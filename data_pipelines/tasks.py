@@ -79,7 +79,8 @@ def _as_codes(options: Any, tokenizer: Any, layout: Layout) -> Task:
 
 
 def _no_picture(sample: Sample, generator: torch.Generator) -> Picture:
-    return Picture(0, {})
+    nothing: Any = ()  # its codes take no slots in the conversation
+    return Picture(nothing, {})
 
 
 class _Task:
