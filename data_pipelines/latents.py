@@ -1,9 +1,10 @@
-"""The task of class-conditional image models: a class number and the encoded image, from cached shards."""
+"""Tasks of image models that take no sequence: the image, encoded or as it is, and a class number or a text."""
 
 from __future__ import annotations
 
 import io
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from mmdiff.errors import ConfigError, SampleError
 
 from .reader import Sample
 
-__all__ = ["LatentTask", "read_array"]
+__all__ = ["LatentTask", "PromptedTask", "read_array", "read_latents"]
 
 _MAX_BYTES = 8 << 20
 
@@ -49,31 +50,11 @@ class LatentTask:
             labels=empty.long(),
             weights=empty,
             droppable=empty.bool(),
-            latents=self._codes(sample, flip) if self.layout.codes else self._latents(sample, flip, generator),
+            latents=self._codes(sample, flip)
+            if self.layout.codes
+            else read_latents(sample, self.layout.latents, flip, generator),
             cls=self._class(sample),
         )
-
-    def _latents(self, sample: Sample, flip: bool, generator: torch.Generator) -> Tensor:
-        channels = self.layout.latents[0]
-        for name, times in (("moments", 2), ("latents", 1)):
-            values = _member(sample, name, flip)
-            if values is None:
-                continue
-            want = (channels * times, *self.layout.latents[1:])
-            if values.dtype.kind != "f" or values.shape != want:
-                raise SampleError(
-                    "bad_latents",
-                    f"{sample}: {name}.npy is {values.dtype} {values.shape}, the model takes {want}; run mmdiff data "
-                    "cache with this model's autoencoder",
-                )
-            found = torch.from_numpy(values.astype(np.float32))
-            if not bool(torch.isfinite(found).all()):
-                raise SampleError("bad_latents", f"{sample}: {name}.npy holds values that are not finite")
-            if times == 1:
-                return found
-            mean, log_variance = found.chunk(2)
-            return mean + (0.5 * log_variance).exp() * rng.normal(generator, mean.shape)
-        raise SampleError("missing_latents", f"{sample}: no member moments.npy or latents.npy; run mmdiff data cache")
 
     def _codes(self, sample: Sample, flip: bool) -> Tensor:
         values = _member(sample, "codes", flip)
@@ -98,6 +79,89 @@ class LatentTask:
         if not number.strip().isdecimal() or int(number.strip()[:9]) >= self.layout.classes:
             raise SampleError("bad_class", f"{sample}: class {number[:20]!r} is not below {self.layout.classes}")
         return int(number)
+
+
+class PromptedTask:
+    """A text and the image it describes, as latents of the cache or as pixels.
+
+    Args:
+        options: A `task_config.PromptedConfig`.
+        layout: What the model expects.
+        caption: (sample, options, generator) -> one of the sample's texts.
+        square: (sample, generator) -> its picture, [1, 3, S, S].
+
+    Raises:
+        ConfigError: The model draws no latents, or pixels of other channels.
+    """
+
+    def __init__(
+        self,
+        options: Any,
+        layout: Layout,
+        caption: Callable[[Sample, Any, torch.Generator], str],
+        square: Callable[[Sample, torch.Generator], Tensor],
+    ) -> None:
+        if not layout.latents or layout.classes:
+            raise ConfigError("task 'prompted': this model draws nothing from texts; use a model of family mmdit")
+        if options.image == "pixels" and layout.latents[0] != 3:
+            raise ConfigError(
+                f"task 'prompted': the model draws {layout.latents[0]} channels, pixels have 3; set the model's "
+                "channels to 3, or image: latents"
+            )
+        self.options, self.layout, self._caption, self._square = options, layout, caption, square
+
+    def __call__(self, sample: Sample, generator: torch.Generator) -> Example:
+        """One example; draws the text, the mirror and the posterior's noise."""
+        text = self._caption(sample, self.options, generator)
+        if self.options.image == "pixels":
+            image = self._square(sample, generator)[0]
+        else:
+            flip = self.options.flip and float(rng.uniform(generator, (1,))) < 0.5
+            image = read_latents(sample, self.layout.latents, flip, generator)
+        empty = torch.zeros(0)
+        return Example(
+            key=sample.key,
+            task="prompted",
+            ids=empty.long(),
+            labels=empty.long(),
+            weights=empty,
+            droppable=empty.bool(),
+            latents=image,
+            text=text,
+        )
+
+
+def read_latents(sample: Sample, shape: Sequence[int], flip: bool, generator: torch.Generator) -> Tensor:
+    """Float32 latents of a sample: those stored, or a draw from the moments stored.
+
+    Args:
+        sample: With ``moments.npy`` (mean, then log-variance) or ``latents.npy``.
+        shape: (C, h, w) of the latents that the model takes.
+        flip: Take the mirrored ones, where they are.
+        generator: Draws the posterior's noise.
+
+    Raises:
+        SampleError: There are none, or they have another shape or values that are not finite.
+    """
+    for name, times in (("moments", 2), ("latents", 1)):
+        values = _member(sample, name, flip)
+        if values is None:
+            continue
+        want = (shape[0] * times, *shape[1:])
+        if values.dtype.kind != "f" or values.shape != want:
+            raise SampleError(
+                "bad_latents",
+                f"{sample}: {name}.npy is {values.dtype} {values.shape}, the model takes {want}; run mmdiff data "
+                "cache with this model's autoencoder",
+            )
+        found = torch.from_numpy(values.astype(np.float32))
+        if not bool(torch.isfinite(found).all()):
+            raise SampleError("bad_latents", f"{sample}: {name}.npy holds values that are not finite")
+        if times == 1:
+            return found
+        mean, log_variance = found.chunk(2)
+        return mean + (0.5 * log_variance).exp() * rng.normal(generator, mean.shape)
+    raise SampleError("missing_latents", f"{sample}: no member moments.npy or latents.npy; run mmdiff data cache")
 
 
 def _member(sample: Sample, name: str, flip: bool) -> np.ndarray | None:

@@ -15,6 +15,7 @@ __all__ = [
     "ImageConfig",
     "LatentConfig",
     "PairConfig",
+    "PromptedConfig",
     "TaskConfig",
     "TextConfig",
     "TextToImageConfig",
@@ -221,6 +222,28 @@ class LatentConfig:
     """Take the mirrored image half of the time, where the cache holds it."""
 
 
+@config
+class PromptedConfig:
+    """Text and the image itself, for networks that draw from the features of a text encoder."""
+
+    type: Literal["prompted"] = "prompted"
+    """Tag."""
+    weight: _Weight = 1
+    """Share of the source's turns, as an integer."""
+    image: Literal["latents", "pixels"] = "latents"
+    """latents: as ``mmdiff data cache`` encoded it; pixels: the picture, for networks without an autoencoder."""
+    fit: Fit = "square"
+    """How a rectangle becomes a square (``pixels``)."""
+    augment: AugmentConfig | None = None
+    """Random changes of the image (``pixels``)."""
+    flip: bool = False
+    """Take the mirrored image half of the time, where the cache holds it (``latents``)."""
+    fields: tuple[str, ...] = ("caption", "captions")
+    """JSON fields a text may come from; the first is the main one."""
+    main: float = Field(default=0.5, ge=0, le=1)
+    """Probability of the main field."""
+
+
 TaskConfig = Annotated[
     ImageConfig
     | PairConfig
@@ -230,7 +253,8 @@ TaskConfig = Annotated[
     | TextToImageConfig
     | ClassToImageConfig
     | TextConfig
-    | LatentConfig,
+    | LatentConfig
+    | PromptedConfig,
     Field(discriminator="type"),
 ]
 """Any of the tasks."""

@@ -23,7 +23,7 @@ from mmdiff.text import Tokenizer, from_llava
 
 from .code_tasks import BehindCodes, DrawnCodes, PicturelessTokenizer
 from .conversations import read_conversation
-from .latents import LatentTask, read_array
+from .latents import LatentTask, PromptedTask, read_array
 from .pictures import Picture, Pictures
 from .reader import Sample
 from .transforms import PixelCache
@@ -39,7 +39,7 @@ def build_task(options: Any, tokenizer: Tokenizer | None, layout: Layout, cache:
 
     Args:
         options: One of the configurations of ``task_config.TaskConfig``.
-        tokenizer: Needed by all tasks but ``image``.
+        tokenizer: Needed by all tasks but ``image``, ``latent`` and ``prompted``.
         layout: What the model expects.
         cache: Where decoded images are kept.
 
@@ -49,6 +49,8 @@ def build_task(options: Any, tokenizer: Tokenizer | None, layout: Layout, cache:
     kind = options.type
     if kind == "latent":
         return LatentTask(options, layout)
+    if kind == "prompted":
+        return PromptedTask(options, layout, _caption, Pictures(options, layout, cache).square)
     if tokenizer is None and kind != "image":
         raise ConfigError(f"task {kind!r}: needs a tokenizer; set tokenizer: in the configuration")
     if tokenizer is not None and kind not in ("image", "pair") and tokenizer.vocab_size > layout.vocab_size:

@@ -97,6 +97,7 @@ class Example:
         latents: Float32 [C, h, w], or int64 codes [1, h, w]: the image of a class-conditional model, encoded.
         cls: Number of the image's class; None if it has none.
         images: `mmdiff.images.Crops` of each image of the `IMAGE` slots instead, for models with a tiling.
+        text: What is said of the image, for a text encoder beside the network.
     """
 
     key: str
@@ -109,6 +110,7 @@ class Example:
     latents: Tensor | None = None
     cls: int | None = None
     images: tuple[Any, ...] = ()
+    text: str | None = None
 
 
 @dataclass(frozen=True)
@@ -214,6 +216,7 @@ class Batch:
         t: Float32 [B], times of the rows if they were drawn for a whole step; None if the objective draws them.
         masked: Bool [B, N], masked image tokens if they were drawn for a whole step; None if the objective draws them.
         packing: Which rows run through the network side by side in one longer row; None: each by itself.
+        texts: B texts, for a text encoder beside the network; empty if there are none.
     """
 
     keys: tuple[str, ...]
@@ -230,6 +233,7 @@ class Batch:
     t: Float[Tensor, "B"] | None = None
     masked: Bool[Tensor, "B N"] | None = None
     packing: Packing | None = None
+    texts: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -267,6 +271,7 @@ def collate(examples: Sequence[Example]) -> Batch:
     pixels = [e.pixels for e in examples if e.pixels is not None]
     latents = [e.latents for e in examples if e.latents is not None]
     classes = [e.cls for e in examples if e.cls is not None]
+    texts = [e.text for e in examples if e.text is not None]
     return Batch(
         keys=tuple(e.key for e in examples),
         tasks=tuple(e.task for e in examples),
@@ -279,6 +284,7 @@ def collate(examples: Sequence[Example]) -> Batch:
         latents=torch.stack(latents) if latents else None,
         classes=torch.tensor(classes) if classes else None,
         images=tuple(e.images for e in examples) if any(e.images for e in examples) else (),
+        texts=tuple(texts),
     )
 
 

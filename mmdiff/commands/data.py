@@ -229,6 +229,9 @@ def cache(
     batch: Annotated[int, typer.Option(min=1, help="Images per pass.")] = 64,
     fit: Annotated[str, typer.Option(help="How rectangles become squares: square, crop or pad.")] = "square",
     flips: Annotated[bool, typer.Option("--flips", help="Also encode mirrored images.")] = False,
+    latents: Annotated[
+        bool, typer.Option("--latents", help="Of a scalar-quantised tokenizer take the values instead of the codes.")
+    ] = False,
     device: Annotated[str, typer.Option(help="Where the encoder runs.")] = "cpu",
     as_json: _JSON = False,
 ) -> None:
@@ -245,7 +248,9 @@ def cache(
         )
     model.eval()
 
-    member, how_to = _encoding(model)
+    if latents and not hasattr(model, "latents"):
+        raise ConfigError(f"--latents: a {type(model).__name__} has no values behind its codes; leave it out")
+    member, how_to = ("latents", model.latents) if latents else _encoding(model)
 
     def encode(pixels: Tensor) -> Tensor:
         return how_to(pixels.to(device))

@@ -36,7 +36,7 @@ def describe(path_or_id: str | Path) -> dict[str, Any]:
 
     Returns:
         Keys ``path tensors parameters bytes dtypes``, and for a checkpoint with a config.json also ``family layout
-        unused config licence capabilities tokenizer image_tokenizer classes manifest``.
+        unused config licence capabilities tokenizer image_tokenizer text_encoder classes manifest``.
 
     Raises:
         CheckpointError: Missing, damaged, of no known family, or not fitting its configuration.
@@ -90,9 +90,9 @@ def _checkpoint(identity: Identity) -> dict[str, Any]:
     tokens = folder / "image_tokenizer"
     images = describe(tokens) if tokens.is_dir() else None
     classes, used = _classes(folder), open_checkpoint(identity).info
-    parts = Checkpoint(
-        model=build(identity.config, device="meta"), tokenizer=tokenizer, image_tokenizer=images, classes=classes
-    )
+    texts = (folder / "text_encoder").is_dir()
+    model = build(identity.config, device="meta")
+    parts = Checkpoint(model, tokenizer, images, classes, text_encoder=texts or None)
     return {
         "path": str(identity.path),
         "family": identity.family,
@@ -103,6 +103,7 @@ def _checkpoint(identity: Identity) -> dict[str, Any]:
         "capabilities": sorted(parts.capabilities),
         "tokenizer": _tokenizer(tokenizer),
         "image_tokenizer": images,
+        "text_encoder": texts,
         "classes": len(classes),
         "manifest": (folder / MANIFEST).is_file(),
         "config": configs.to_dict(identity.config),
@@ -172,6 +173,7 @@ def _weights_text(report: dict[str, Any]) -> str:
         f"  capabilities: {', '.join(report['capabilities']) or 'none without a tokenizer beside it'}",
         f"  tokenizer: {tokenizer['vocab_size']:,} ids; {special}" if tokenizer else "  tokenizer: none",
         f"  image tokenizer: {_images(images)}" if images else "  image tokenizer: none",
+        f"  text encoder: {'beside it' if report['text_encoder'] else 'none'}",
         f"  classes: {report['classes'] or 'none'}",
         f"  licence: {report['licence'] or 'not stated'}",
         f"  manifest: {'present, checked when the weights are loaded' if report['manifest'] else 'none'}",

@@ -55,6 +55,9 @@ class RunConfig:
     """Folder or hub id with tokenizer.json, needed by every task with text; default: the one in ``init_from``."""
     image_tokenizer: str | None = None
     """Model folder of the image tokenizer that made the codes; copied into the result, so that it can draw."""
+    text_encoder: str | None = None
+    """Folder or hub id of what reads prompts for a network that draws from features: ours, CLIP or T5 of transformers,
+    or open_clip; copied into the result."""
     classes: str | None = None
     """JSON list of class names; copied into the result."""
     generation: dict[str, dict[str, float | int | str]] | None = None

@@ -210,7 +210,7 @@ def _plan(
         options=options,
         image_tokenizer=None if image_tokenizer is None else digest(image_tokenizer),
         dtype=dtype,
-        size=generator.checkpoint.image_tokenizer.config.image_size,
+        size=generator.painter.size,
     )
 
 

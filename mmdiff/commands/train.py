@@ -106,6 +106,7 @@ def _carried_out(spec: RunConfig, group: Group, resume: bool, probes: Iterable[P
     # Before minutes are spent on building.
     group.first(lambda: state.check(run_dir, spec, resume=resume))
     tokenizer, image_tokenizer, classes = _tokenizer(spec), _image_tokenizer(spec), _classes(spec)
+    objective = _objective(spec, device)
     model = _quantized(spec, _model(spec), device)
     layout = _checked_layout(spec, model, tokenizer, image_tokenizer)
     skipped = run_dir / ("skipped.jsonl" if group.leads else f"skipped.rank{group.rank}.jsonl")
@@ -113,7 +114,7 @@ def _carried_out(spec: RunConfig, group: Group, resume: bool, probes: Iterable[P
 
     report = fit(
         model,
-        _objective(spec),
+        objective,
         loader,
         spec.train,
         run_dir,
@@ -129,6 +130,7 @@ def _carried_out(spec: RunConfig, group: Group, resume: bool, probes: Iterable[P
     model_dir = None
     if not report.stopped:
         parts = {"tokenizer": tokenizer, "image_tokenizer": image_tokenizer, "classes": classes}
+        parts["text_encoder"] = spec.text_encoder
         model_dir = Path(
             group.first(lambda: str(_export(spec, _averaged(spec, model, run_dir, group), run_dir, parts)))
         )
@@ -283,7 +285,7 @@ def _estimate(spec: RunConfig, device: str) -> Estimate:
         layout = _checked_layout(spec, model, tokenizer, _image_tokenizer(spec))
         return _loader(replace(spec, data=replace(spec.data, batch_size=part)), tokenizer, layout, None)
 
-    return estimate(spec, device, loader, _objective(spec), lambda: _quantized(spec, _model(spec), device))
+    return estimate(spec, device, loader, _objective(spec, "cpu"), lambda: _quantized(spec, _model(spec), device))
 
 
 def _averaged(spec: RunConfig, model: Any, run_dir: Path, group: Group) -> Any:
@@ -413,10 +415,29 @@ def _check_cache(spec: RunConfig) -> None:
                 )
 
 
-def _objective(spec: RunConfig) -> Any:
+def _objective(spec: RunConfig, device: str) -> Any:
+    """The objective, with the text encoder if there is one, after a look at whether it fits the network."""
     from mmdiff.training.objective import build
 
-    return build(spec.objective)
+    objective: Any = build(spec.objective)
+    if spec.text_encoder is None:
+        return objective
+    if not hasattr(objective, "reading"):
+        raise ConfigError(f"text_encoder: objective {objective.type} reads no texts beside the network; leave it out")
+    from mmdiff.io.text_encoders import load_text_encoder
+
+    encoder = load_text_encoder(spec.text_encoder, device)
+    _check_features(spec, encoder)
+    return objective.reading(encoder)
+
+
+def _check_features(spec: RunConfig, encoder: Any) -> None:
+    if spec.model is None:
+        return  # the network's own files say it; loading one with another encoder fails at its first layer
+    for ours, have in (("context_channels", encoder.channels), ("pooled_channels", encoder.pooled_channels)):
+        want = getattr(spec.model, ours, None)
+        if want != have:
+            raise ConfigError(f"text_encoder {spec.text_encoder} gives {have}, but the model's {ours} is {want}")
 
 
 def _loader(

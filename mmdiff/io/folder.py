@@ -6,6 +6,7 @@ Our layout::
     model.safetensors     or shards of it with model.safetensors.index.json
     tokenizer.json        with tokenizer_config.json, if the network reads or writes text
     image_tokenizer/      the same layout again, if the network draws
+    text_encoder/         in its own layout, if the network reads features of prompts
     classes.json          names of classes, if it knows any
     generation_config.json, published.json   defaults of generation; what a converted checkpoint said of itself
     README.md             model card
@@ -178,6 +179,7 @@ def save_folder(
     *,
     tokenizer: Tokenizer | None = None,
     image_tokenizer: nn.Module | str | Path | None = None,
+    text_encoder: str | Path | None = None,
     classes: Sequence[str] | None = None,
     generation: Mapping[str, Any] | None = None,
     license: str | None = None,  # noqa: A002 - the word of model cards
@@ -190,6 +192,7 @@ def save_folder(
         folder: Made if it does not exist; files of the same names are replaced, others stay.
         tokenizer: Of its text.
         image_tokenizer: Of the images it draws; the network or where it lies.
+        text_encoder: Where the encoder of its prompts lies; copied.
         classes: Names of its classes, in order.
         generation: Defaults of generation, plain data.
         license: Identifier for the model card, such as ``apache-2.0``.
@@ -215,6 +218,10 @@ def save_folder(
     if image_tokenizer is not None:
         other = image_tokenizer if isinstance(image_tokenizer, nn.Module) else load_model(image_tokenizer)
         save_folder(other, folder / "image_tokenizer", license=license)
+    if text_encoder is not None:
+        from mmdiff.io.text_encoders import copy_text_encoder
+
+        copy_text_encoder(text_encoder, folder)
     for name, tree in (("classes.json", classes), ("generation_config.json", generation)):
         if tree is not None:
             save_json(folder / name, tree if isinstance(tree, Mapping) else list(tree))
@@ -244,6 +251,7 @@ _PARTS = {
     "model.safetensors.index.json": "which shard holds which weights",
     "tokenizer.json": "text tokenizer",
     "image_tokenizer": "image tokenizer, a checkpoint of its own",
+    "text_encoder": "encoder of its prompts, a checkpoint of its own",
     "classes.json": "names of the classes",
     "generation_config.json": "defaults of generation",
     "published.json": "what the published checkpoint said of itself",

@@ -65,6 +65,7 @@ class PretrainedModule(nn.Module):
         *,
         tokenizer: Tokenizer | None = None,
         image_tokenizer: nn.Module | str | Path | None = None,
+        text_encoder: str | Path | None = None,
         classes: Sequence[str] | None = None,
         generation: Mapping[str, Any] | None = None,
         license: str | None = None,  # noqa: A002 - the word of model cards
@@ -75,6 +76,7 @@ class PretrainedModule(nn.Module):
             folder: Made if it does not exist; files of the same names are replaced, others stay.
             tokenizer: Of its text.
             image_tokenizer: Of the images it draws; the network or where it lies.
+            text_encoder: Where the encoder of its prompts lies, if it reads their features; copied.
             classes: Names of its classes, in order.
             generation: Defaults of generation, ``text`` and ``image``, plain data.
             license: Identifier for the model card, such as ``apache-2.0``.
@@ -89,6 +91,7 @@ class PretrainedModule(nn.Module):
             folder,
             tokenizer=tokenizer,
             image_tokenizer=image_tokenizer,
+            text_encoder=text_encoder,
             classes=classes,
             generation=generation,
             license=license,

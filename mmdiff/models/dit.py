@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mmdiff.batch import Layout
 from mmdiff.config import Field, config
 from mmdiff.errors import ConfigError
 from mmdiff.models.base import PretrainedModule
@@ -206,6 +207,11 @@ class DiT(PretrainedModule):
         for block in self.blocks:
             tokens = block(tokens, condition)
         return unpatch(self.final_layer(tokens, condition), c.grid, c.patch_size)
+
+    def layout(self) -> Layout:
+        """What tasks build examples for: latents and classes."""
+        side = self.config.image_size
+        return Layout(latents=(self.config.channels, side, side), classes=self.config.classes, image_size=side)
 
     @torch.no_grad()
     def init_(self, generator: torch.Generator) -> DiT:

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mmdiff.batch import Layout
 from mmdiff.config import Field, config
 from mmdiff.errors import ConfigError
 from mmdiff.models.base import PretrainedModule
@@ -154,6 +155,11 @@ class MMDiT(PretrainedModule):
         c = self.config
         image = image if c.readout_scale == 1 else image * c.readout_scale
         return unpatch(self.readout(image), x.shape[2] // c.patch_size, c.patch_size)
+
+    def layout(self) -> Layout:
+        """What tasks build examples for: latents beside the features of a text encoder."""
+        side = self.config.image_size
+        return Layout(latents=(self.config.channels, side, side), image_size=side)
 
     def tokens(self, x: Float[Tensor, "B C h w"]) -> Float[Tensor, "B N D"]:
         """Patch tokens with their positions, taken from the middle of the table."""

@@ -63,6 +63,11 @@ class Config:
         """Number of codes."""
         return math.prod(self.levels)
 
+    @property
+    def channels(self) -> int:
+        """Channels of the quantised values, for networks that draw those."""
+        return len(self.levels)
+
 
 class FiniteScalar(nn.Module):
     """Round every channel to one of a few evenly spaced values; gradients pass straight through.
@@ -89,6 +94,12 @@ class FiniteScalar(nn.Module):
         digits = bounded + (bounded.round() - bounded).detach()
         code = ((digits.detach() + steps // 2) * self.place.view(1, -1, 1, 1)).sum(1)
         return digits / (steps // 2), code.round().long()
+
+    def codes(self, values: Float[Tensor, "B C h w"]) -> Int[Tensor, "B h w"]:
+        """The codes whose values are nearest."""
+        steps = self.steps.view(1, -1, 1, 1)
+        digits = (values * (steps // 2)).round().long() + steps // 2
+        return (digits.clamp_min(0).minimum(steps - 1) * self.place.view(1, -1, 1, 1)).sum(1)
 
     def values(self, codes: Int[Tensor, "B h w"]) -> Float[Tensor, "B C h w"]:
         """The quantised values of codes."""
@@ -155,12 +166,18 @@ class VQ(PretrainedModule):
         return self.quantizer(self._encode(pixels))[1]
 
     @torch.no_grad()
-    def decode(self, codes: Int[Tensor, "B h w"]) -> Float[Tensor, "B 3 S S"]:
-        """Images in [-1, 1] of codes.
+    def latents(self, pixels: Float[Tensor, "B 3 S S"]) -> Float[Tensor, "B C h w"]:
+        """Quantised values in [-1, 1] of images in [-1, 1], for networks that draw continuous latents."""
+        return self.quantizer(self._encode(pixels))[0]
+
+    @torch.no_grad()
+    def decode(self, codes: Int[Tensor, "B h w"] | Float[Tensor, "B C h w"]) -> Float[Tensor, "B 3 S S"]:
+        """Images in [-1, 1] of codes, or of latents, which are moved to the nearest code.
 
         Raises:
             ConfigError: A code lies outside the codebook.
         """
+        codes = self.quantizer.codes(codes) if codes.is_floating_point() else codes
         if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < self.codebook:
             raise ConfigError(f"codes {int(codes.min())} .. {int(codes.max())} outside 0 .. {self.codebook - 1}")
         return self.decoder(self.quantizer.values(codes)).clamp(-1, 1)

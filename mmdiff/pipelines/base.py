@@ -28,11 +28,14 @@ P = TypeVar("P", bound="Pipeline")
 _GENERATION_FILE = "generation_config.json"
 _CLASS_FAMILIES = ("emigm", "maskgit")
 """Families that draw classes by number."""
+_FLOW_FAMILIES = {"dit": "class_image", "mmdit": "text_image"}
+"""Families that draw by rectified flow, and what."""
 
 _WHY_NOT = {
     "caption": "it has no vision tower, and no image tokenizer to read pictures with (give image_tokenizer=)",
     "ask": "it has no vision tower, and no image tokenizer to read pictures with (give image_tokenizer=)",
-    "text_image": "it has no image codes, or no image tokenizer (in the folder, or given as image_tokenizer=)",
+    "text_image": "it has no image codes, or no image tokenizer (in the folder, or given as image_tokenizer=), or of a "
+    "network that reads features of prompts no text encoder (likewise, text_encoder=)",
     "class_image": "it does not draw, or lacks an image tokenizer (give image_tokenizer=) or classes.json",
     "generate_text": "it has no text head or no tokenizer.json",
 }
@@ -48,6 +51,7 @@ class Checkpoint:
         image_tokenizer: Codes to pixels and back; None if it does not draw.
         classes: Names by class number.
         defaults: Generation words the checkpoint was made for, under ``text`` and ``image``.
+        text_encoder: Prompts to features, for a network that reads those; None if it has none.
     """
 
     model: nn.Module
@@ -55,6 +59,7 @@ class Checkpoint:
     image_tokenizer: Any = None
     classes: tuple[str, ...] = ()
     defaults: dict[str, dict[str, Any]] = field(default_factory=dict)
+    text_encoder: Any = None
 
     @property
     def layout(self) -> Layout:
@@ -83,7 +88,16 @@ class Checkpoint:
                 can |= {"text_image", "class_image"} if self.classes else {"text_image"}
         if getattr(getattr(self.model, "config", None), "type", "") in _CLASS_FAMILIES and self.image_tokenizer:
             can.add("class_image")
-        return frozenset(can)
+        return frozenset(can | self._flow())
+
+    def _flow(self) -> set[str]:
+        """What a flow-matching network can do: it draws latents with an autoencoder, or pixels."""
+        config: Any = getattr(self.model, "config", None)
+        kind = _FLOW_FAMILIES.get(getattr(config, "type", ""))
+        if kind is None or config.out_channels != config.channels:
+            return set()  # with a learned variance it is no flow
+        told = kind == "class_image" or self.text_encoder is not None
+        return {kind} if told and (self.image_tokenizer is not None or config.channels == 3) else set()
 
 
 class Pipeline:
@@ -118,10 +132,11 @@ class Pipeline:
         adapter: str | Path | None = None,
         device_map: str | Mapping[str, Any] | None = None,
         image_tokenizer: str | Path | None = None,
+        text_encoder: str | Path | None = None,
     ) -> P:
         """Load a checkpoint; arguments and errors as in `mmdiff.load`."""
-        loaded = load(path_or_id, device, dtype, quantize, adapter, device_map, image_tokenizer=image_tokenizer)
-        return cls(loaded.checkpoint)
+        parts = {"image_tokenizer": image_tokenizer, "text_encoder": text_encoder}
+        return cls(load(path_or_id, device, dtype, quantize, adapter, device_map, **parts).checkpoint)
 
     @property
     def capabilities(self) -> frozenset[str]:
@@ -183,6 +198,7 @@ class Pipeline:
             folder,
             tokenizer=parts.tokenizer,
             image_tokenizer=parts.image_tokenizer,
+            text_encoder=None if parts.text_encoder is None else parts.text_encoder.folder,
             classes=parts.classes or None,
             generation=parts.defaults or None,
             license=license,
@@ -220,6 +236,7 @@ def load(
     device_map: str | Mapping[str, Any] | None = None,
     *,
     image_tokenizer: str | Path | None = None,
+    text_encoder: str | Path | None = None,
 ) -> Pipeline:
     """Load a checkpoint.
 
@@ -233,6 +250,7 @@ def load(
         device_map: ``"auto"`` or ``"balanced"`` spreads the network over all accelerators, memory and disk; or a
             mapping from names of modules to devices. Instead of ``device``.
         image_tokenizer: Image tokenizer or autoencoder of a checkpoint whose folder does not hold one.
+        text_encoder: What reads prompts for a network that draws from features, likewise.
 
     Raises:
         CheckpointError: Missing, damaged, of an unknown family, or an adapter that does not fit.
@@ -240,6 +258,7 @@ def load(
         MissingExtraError: A library is not installed; the message says how to.
     """
     from mmdiff.io.hub import is_embedded
+    from mmdiff.io.text_encoders import load_text_encoder
     from mmdiff.io.variants import load_variant
     from mmdiff.models.registry import load_model, resolve
 
@@ -253,19 +272,21 @@ def load(
     model = load_variant(
         path, device=device, dtype=precision, quantize=quantize, adapter=adapter, device_map=device_map
     )
-    tokens, place = _image_tokenizer(folder, image_tokenizer), getattr(model, "main_device", device)
+    tokens, place = _beside(folder, "image_tokenizer", image_tokenizer), getattr(model, "main_device", device)
+    texts = _beside(folder, "text_encoder", text_encoder)
     checkpoint = Checkpoint(
         model=model.eval(),
         tokenizer=read_tokenizer(folder, model.config),
         image_tokenizer=None if tokens is None else load_model(tokens, device=place, dtype=stored).eval(),
+        text_encoder=None if texts is None else load_text_encoder(texts, place or "cpu"),
         classes=tuple(_read_json(folder / "classes.json", list)),
         defaults=_defaults(_read_json(folder / _GENERATION_FILE, dict)),
     )
     return Pipeline(checkpoint)
 
 
-def _image_tokenizer(folder: Path, given: str | Path | None) -> str | Path | None:
-    own = folder / "image_tokenizer"
+def _beside(folder: Path, name: str, given: str | Path | None) -> str | Path | None:
+    own = folder / name
     return given if given is not None or not own.is_dir() else own
 
 

@@ -14,9 +14,9 @@ from torch import Tensor
 from mmdiff.errors import ConfigError
 from mmdiff.images import to_pixels, to_uint8
 from mmdiff.pipelines.base import Checkpoint, Pipeline
+from mmdiff.pipelines.drawing import Drawing, Frame, Job
 from mmdiff.pipelines.painters import painter_of
-from mmdiff.pipelines.words import Generators, ImageWords, report_steps, sources, with_defaults, zip_batches
-from mmdiff.sampling import Canvas, Decoded, decode
+from mmdiff.pipelines.words import Generators, ImageWords, sources, with_defaults, zip_batches
 from mmdiff.sampling.trace import Trace
 
 __all__ = ["ImageGenerator", "ImageOutput"]
@@ -86,9 +86,8 @@ class ImageGenerator(Pipeline):
         """
         subjects = self._subjects(labels, prompts)
         rows, drawn = self._rows(subjects, seeds, generator, words.get("compat"))
-        open_ = torch.ones(len(rows), self.painter.grid**2, dtype=torch.bool)
-        decoded = self._decode(self.painter.canvas(rows, None, open_), drawn, words)
-        return ImageOutput(self._output(self.painter.result(decoded), output_type), decoded.trace)
+        drawing = self._draw(rows, drawn, words)
+        return ImageOutput(self._output(drawing.result, output_type), drawing.trace)
 
     @torch.no_grad()
     def edit(
@@ -123,8 +122,7 @@ class ImageGenerator(Pipeline):
         known = self.painter.encode(pixels.to(self.checkpoint.device))
         subjects = [self._subject(t) for _, _, t, _ in items]
         drawn = sources(len(items), "image", [s for *_, s in items], None)
-        decoded = self._decode(self.painter.canvas(subjects, known, cells), drawn, words)
-        new = self.painter.pixels(self.painter.result(decoded)).cpu()
+        new = self.painter.pixels(self._draw(subjects, drawn, words, known=known, cells=cells).result).cpu()
         blended = torch.where(redraw[:, None], new.float(), pixels)
         out = [Image.fromarray(a) for a in to_uint8(blended).numpy()]
         return out if many else out[0]
@@ -153,25 +151,19 @@ class ImageGenerator(Pipeline):
             ConfigError: As when calling.
         """
         rows, drawn = self._rows(self._subjects(labels, prompts), seeds, None, words.get("compat"))
-        open_ = torch.ones(len(rows), self.painter.grid**2, dtype=torch.bool)
-        canvases: list[Canvas] = []
-        decoded = self._decode(
-            self.painter.canvas(rows, None, open_), drawn, words, lambda step: canvases.append(step.canvas.copy())
-        )
-        chosen = torch.linspace(0, len(canvases) - 1, min(columns, len(canvases))).round().int().tolist()
-        frames = [self._frame(canvases[i], decoded.trace) for i in chosen]
+        steps = self._draw(rows, drawn, words, keep=True).frames
+        chosen = torch.linspace(0, len(steps) - 1, min(columns, len(steps))).round().int().tolist()
+        frames = [self._frame(steps[i]()) for i in chosen]
         across = torch.stack(frames, dim=1).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
         return Image.fromarray(to_uint8(across.permute(2, 0, 1)[None])[0].numpy())
 
-    def _frame(self, canvas: Canvas, trace: Trace) -> Tensor:
+    def _frame(self, frame: Frame) -> Tensor:
         """Float [B, 3, S, S]; what is decided, on grey."""
-        open_ = canvas.undecided[:, canvas.start :]
-        tokens = canvas.tokens[:, canvas.start :].masked_fill(open_, getattr(self.painter, "offset", 0))
-        masked = open_[:, self.painter.cells]
-        values = None if canvas.values is None else canvas.values[:, canvas.start :]
-        pixels = self.painter.pixels(self.painter.result(Decoded(tokens, canvas, trace, values))).float().cpu()
+        pixels = self.painter.pixels(frame.result).float().cpu()
+        if frame.masked is None:
+            return pixels
         cell = pixels.shape[-1] // self.painter.grid
-        grey = masked.view(-1, 1, self.painter.grid, self.painter.grid).cpu()
+        grey = frame.masked.view(-1, 1, self.painter.grid, self.painter.grid).cpu()
         grey = grey.repeat_interleave(cell, 2).repeat_interleave(cell, 3)
         return torch.where(grey, torch.zeros_like(pixels), pixels)
 
@@ -205,16 +197,30 @@ class ImageGenerator(Pipeline):
         items, _ = zip_batches(subjects=subjects, generator=given)
         return [p for p, _ in items], sources(len(items), "image", seeds, given)
 
-    def _decode(self, canvas: Canvas, drawn: Any, words: ImageWords, watch: Any = None) -> Decoded:
+    def _draw(
+        self,
+        subjects: list[Any],
+        drawn: Any,
+        words: ImageWords,
+        *,
+        known: Tensor | None = None,
+        cells: Tensor | None = None,
+        keep: bool = False,
+    ) -> Drawing:
         options: dict[str, Any] = with_defaults(words, self.checkpoint.defaults.get("image", {}), ImageWords)
-        callback = report_steps(self, options.pop("callback_on_step_end", None))
+        callback = options.pop("callback_on_step_end", None)
         if strange := sorted(set(options) - self.painter.words):
             raise ConfigError(f"{', '.join(strange)} means nothing to a network of this family; leave it out")
-        parts = self.painter.parts(canvas, drawn, options)
-        seen = callback if watch is None else watch
-        done = decode(self.painter.backbone, canvas=canvas, generators=drawn, callback=seen, **parts)
-        self.trace = done.trace
-        return done
+        if cells is None:
+            cells = torch.ones(len(subjects), self.painter.grid**2, dtype=torch.bool)
+
+        def report(number: int, share: float, state: Tensor) -> None:
+            callback(self, number, share, {"tokens": state})
+
+        job = Job(subjects=subjects, known=known, open=cells, sources=drawn, keep=keep)
+        drawing = self.painter.draw(job, options, None if callback is None else report)
+        self.trace = drawing.trace
+        return drawing
 
     def _output(self, result: Tensor, kind: str) -> Any:
         if kind not in ("pil", "np", "pt", "latent"):

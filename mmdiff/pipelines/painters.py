@@ -5,7 +5,6 @@ A painter is one object per checkpoint; `mmdiff.pipelines.image` does the rest f
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -15,57 +14,92 @@ from torch import Tensor
 
 from mmdiff.errors import CheckpointError, ConfigError
 from mmdiff.pipelines.base import Checkpoint
-from mmdiff.sampling import Canvas, CodeBackbone, Decoded, LatentBackbone, latent_canvas, layout
+from mmdiff.pipelines.drawing import Drawing, Frame, Job, words_of
+from mmdiff.pipelines.flow import FlowPainter
+from mmdiff.pipelines.words import generated, share_left
+from mmdiff.sampling import Canvas, CodeBackbone, Decoded, LatentBackbone, Step, decode, latent_canvas, layout
 from mmdiff.sampling.image_presets import code_parts, latent_parts
 from mmdiff.sampling.maskgit import ClassCodeBackbone, class_canvas
 from mmdiff.sampling.presets import image_parts
 
-__all__ = ["ClassPainter", "LatentPainter", "Painter", "PromptPainter", "painter_of", "slots_of", "words_of"]
+__all__ = ["ClassPainter", "EnginePainter", "LatentPainter", "Painter", "PromptPainter", "painter_of", "slots_of"]
 
 
 class Painter(Protocol):
     """Draws with one kind of network.
 
     Attributes:
-        grid: Tokens per side.
+        grid: Cells per side.
         size: Pixels per side.
-        cells: Slots of the image's tokens among those behind the prompt, in row-major order; a slice or their numbers.
-        backbone: What the engine decodes.
         prompts: Whether it takes texts (else class numbers).
         words: Generation words that mean something to it.
     """
 
     grid: int
-    size: int
-    cells: Any
-    backbone: Any
     prompts: bool
     words: frozenset[str]
 
+    @property
+    def size(self) -> int:
+        """Side of the pictures, pixels."""
+        ...
+
     def encode(self, pixels: Float[Tensor, "B 3 S S"]) -> Tensor:
-        """Tokens of images: codes [B, N] or values [B, N, C]."""
+        """Tokens or latents of images."""
         ...
 
-    def canvas(self, subjects: Sequence[Any], known: Tensor | None, open_: Bool[Tensor, "B N"]) -> Canvas:
-        """Rows for texts or class numbers; ``known`` holds the tokens that are not open."""
-        ...
-
-    def parts(self, canvas: Canvas, drawn: Any, words: dict[str, Any]) -> dict[str, Any]:
-        """Parts of the engine for what the user said."""
-        ...
-
-    def result(self, decoded: Decoded) -> Tensor:
-        """Codes [B, h, w] or latents [B, C, h, w]."""
+    def draw(self, job: Job, words: dict[str, Any], report: Callable[[int, float, Tensor], None] | None) -> Drawing:
+        """Draw; ``report`` is called after each step with its number, the share still to do, and the tokens."""
         ...
 
     def pixels(self, result: Tensor) -> Float[Tensor, "B 3 S S"]:
-        """Images of `result`."""
+        """Images of what `draw` gives."""
         ...
 
 
-def words_of(parts: Callable[..., Any]) -> frozenset[str]:
-    """The generation words that a function of `mmdiff.sampling` takes."""
-    return frozenset(inspect.signature(parts).parameters)
+class EnginePainter:
+    """Painters whose images are slots of a canvas that the one decoding engine fills."""
+
+    size: int
+    cells: Any
+    """Slots of the image's tokens among those behind the prompt, in row-major order; a slice or their numbers."""
+    backbone: Any
+    offset = 0
+    """Id that stands for a code where none is decided yet."""
+
+    def canvas(self, subjects: Sequence[Any], known: Tensor | None, open_: Bool[Tensor, "B N"]) -> Canvas:
+        """Rows for texts or class numbers; ``known`` holds the tokens that are not open."""
+        raise NotImplementedError
+
+    def parts(self, canvas: Canvas, drawn: Any, words: dict[str, Any]) -> dict[str, Any]:
+        """Parts of the engine for what the user said."""
+        raise NotImplementedError
+
+    def result(self, decoded: Decoded) -> Tensor:
+        """Codes [B, h, w] or latents [B, C, h, w]."""
+        raise NotImplementedError
+
+    def draw(self, job: Job, words: dict[str, Any], report: Callable[[int, float, Tensor], None] | None) -> Drawing:
+        """Decode a canvas."""
+        canvas, kept = self.canvas(job.subjects, job.known, job.open), list[Canvas]()
+
+        def stepped(step: Step) -> None:
+            if report is not None:
+                report(step.number, share_left(step.canvas), generated(step.canvas))
+            if job.keep:
+                kept.append(step.canvas.copy())
+
+        parts = self.parts(canvas, job.sources, words)
+        watched = stepped if report is not None or job.keep else None
+        done = decode(self.backbone, canvas=canvas, generators=job.sources, callback=watched, **parts)
+        frames = [lambda c=c: self._frame(c, done) for c in kept]
+        return Drawing(self.result(done), done.trace, frames)
+
+    def _frame(self, canvas: Canvas, done: Decoded) -> Frame:
+        open_ = canvas.undecided[:, canvas.start :]
+        tokens = canvas.tokens[:, canvas.start :].masked_fill(open_, self.offset)
+        values = None if canvas.values is None else canvas.values[:, canvas.start :]
+        return Frame(self.result(Decoded(tokens, canvas, done.trace, values)), open_[:, self.cells])
 
 
 def _any(value: Any) -> Any:
@@ -83,11 +117,11 @@ def painter_of(checkpoint: Checkpoint) -> Painter:
         from mmdiff.pipelines.scripts import ScriptPainter
 
         return ScriptPainter(checkpoint)
-    kinds: dict[str, Any] = {"emigm": LatentPainter, "maskgit": ClassPainter}
+    kinds: dict[str, Any] = {"emigm": LatentPainter, "maskgit": ClassPainter, "dit": FlowPainter, "mmdit": FlowPainter}
     return kinds.get(family, PromptPainter)(checkpoint)
 
 
-class PromptPainter:
+class PromptPainter(EnginePainter):
     """Codes of a network that reads texts; a class is drawn by its name."""
 
     prompts = True
@@ -139,7 +173,7 @@ class PromptPainter:
         return self.checkpoint.image_tokenizer.decode(result)
 
 
-class ClassPainter:
+class ClassPainter(EnginePainter):
     """Codes of a class-conditional network.
 
     Raises:
@@ -188,7 +222,7 @@ class ClassPainter:
         return self.checkpoint.image_tokenizer.decode(result)
 
 
-class LatentPainter:
+class LatentPainter(EnginePainter):
     """Continuous tokens of a class-conditional network.
 
     Raises:

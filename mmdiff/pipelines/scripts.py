@@ -17,7 +17,8 @@ from torch import Tensor
 from mmdiff.errors import CheckpointError, ConfigError
 from mmdiff.images import crop_sizes, to_pixels, to_shape
 from mmdiff.pipelines.base import Checkpoint
-from mmdiff.pipelines.painters import slots_of, words_of
+from mmdiff.pipelines.drawing import words_of
+from mmdiff.pipelines.painters import EnginePainter, slots_of
 from mmdiff.sampling import Canvas, CodeBackbone, Decoded, layout
 from mmdiff.sampling.vocabulary_presets import lumina_parts, mmada_parts
 from mmdiff.text import Tokenizer, lumina, mmada
@@ -234,7 +235,7 @@ def script_of(checkpoint: Checkpoint) -> Script:
     return made
 
 
-class ScriptPainter:
+class ScriptPainter(EnginePainter):
     """Codes of a network whose vocabulary holds them, drawn from a text, or from a picture and a text.
 
     Args:

@@ -10,7 +10,7 @@ import torch
 
 from mmdiff import rng
 from mmdiff.errors import ConfigError
-from mmdiff.sampling import Step
+from mmdiff.sampling import Canvas, Step
 
 __all__ = [
     "ImageWords",
@@ -18,8 +18,10 @@ __all__ = [
     "ScoreWords",
     "TextWords",
     "batch_of",
+    "generated",
     "literal",
     "report_steps",
+    "share_left",
     "sources",
     "with_defaults",
     "zip_batches",
@@ -76,6 +78,7 @@ class ImageWords(TypedDict, total=False):
     guidance_interval: Sequence[float]
     solver: str
     head_steps: int
+    shift: float
     num_inference_steps: int
     steps: int
     temperature: float
@@ -176,10 +179,18 @@ def report_steps(pipeline: Any, callback: Callback | None) -> Callable[[Step], A
         return None
 
     def call(step: Step) -> None:
-        canvas = step.canvas
-        todo = int(canvas.undecided.sum())
-        share = todo / max(1, todo + int((canvas.order >= 0).sum()))
-        state = canvas.tokens if canvas.values is None else canvas.values
-        callback(pipeline, step.number, share, {"tokens": state[:, canvas.start :]})
+        callback(pipeline, step.number, share_left(step.canvas), {"tokens": generated(step.canvas)})
 
     return call
+
+
+def share_left(canvas: Canvas) -> float:
+    """Share of the slots to be generated that are still masked."""
+    todo = int(canvas.undecided.sum())
+    return todo / max(1, todo + int((canvas.order >= 0).sum()))
+
+
+def generated(canvas: Canvas) -> torch.Tensor:
+    """Tokens, or continuous ones, after the prompt."""
+    state = canvas.tokens if canvas.values is None else canvas.values
+    return state[:, canvas.start :]

@@ -27,6 +27,7 @@ from mmdiff.diffusion import bounds, masking, noise, objectives
 from mmdiff.errors import ConfigError
 from mmdiff.training.block_diffusion import BlockDiffusion
 from mmdiff.training.certainty import CertaintyForcing
+from mmdiff.training.flow import Flow
 from mmdiff.training.losses import Losses, count_rows, row_sum
 from mmdiff.training.masked_codes import MaskedCodes
 from mmdiff.training.parallel.rows import of_everyone
@@ -37,6 +38,7 @@ __all__ = [
     "BlockDiffusion",
     "CertaintyForcing",
     "Contrastive",
+    "Flow",
     "Losses",
     "Masked",
     "MaskedCodes",
@@ -216,7 +218,9 @@ class Contrastive:
         return Losses(loss.mean(), {"pair": (loss.detach().sum(), len(batch))})
 
 
-AnyObjective = Masked | BlockDiffusion | CertaintyForcing | Autoencoding | Contrastive | TokenDiffusion | MaskedCodes
+AnyObjective = (
+    Masked | BlockDiffusion | CertaintyForcing | Autoencoding | Contrastive | TokenDiffusion | MaskedCodes | Flow
+)
 
 ObjectiveConfig = Annotated[AnyObjective, Field(discriminator="type")]
 

@@ -22,9 +22,12 @@ def test_every_code_survives_the_round_trip_through_its_values(levels: list[int]
     codes = torch.arange(int(torch.tensor(levels).prod())).view(1, 1, -1)
     values = quantizer.values(codes)
     assert values.abs().max() <= 1
-    digits = values * (quantizer.steps.view(1, -1, 1, 1) // 2) + quantizer.steps.view(1, -1, 1, 1) // 2
-    again = (digits.round().long() * quantizer.place.view(1, -1, 1, 1)).sum(1)
-    assert torch.equal(again, codes)
+    assert torch.equal(quantizer.codes(values), codes)
+    # Values that were drawn, not looked up: the nearest code, and the last one of a channel beyond its end.
+    nearby = values + 0.49 / (quantizer.steps.view(1, -1, 1, 1) // 2) * torch.where(values > 0, -1, 1)
+    assert torch.equal(quantizer.codes(nearby), codes)
+    assert quantizer.codes(values + 100).unique().tolist() == [len(codes.flatten()) - 1]
+    assert quantizer.codes(values - 100).unique().tolist() == [0]
 
 
 def test_codes_of_the_forward_pass_decode_to_its_values() -> None:
@@ -34,6 +37,15 @@ def test_codes_of_the_forward_pass_decode_to_its_values() -> None:
     torch.testing.assert_close(quantizer.values(codes), values, atol=1e-6, rtol=0)
     assert 0 <= codes.min()
     assert codes.max() < 1000
+
+
+def test_latents_are_the_values_of_the_codes_and_decode_alike() -> None:
+    model = VQ(TINY, generator=rng.generator(0, "init")).eval()
+    pixels = torch.rand(2, 3, 16, 16, generator=rng.generator(1, "pixels")) * 2 - 1
+    latents, codes = model.latents(pixels), model.encode(pixels)
+    assert latents.shape[1] == TINY.channels == 2
+    torch.testing.assert_close(latents, model.quantizer.values(codes))
+    torch.testing.assert_close(model.decode(latents), model.decode(codes))
 
 
 def test_gradients_pass_straight_through_the_rounding() -> None:
