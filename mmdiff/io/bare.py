@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from mmdiff.errors import CheckpointError
+from mmdiff.io.published_stability import guess_stability
 from mmdiff.io.tensors import TensorInfo
 
 __all__ = ["GUESSED", "guess"]
@@ -138,6 +139,8 @@ def _magvit(info: Info) -> dict[str, Any]:
 _CLASSES = 1000
 
 GUESSED: dict[str, tuple[str, Callable[[Info], dict[str, Any]]]] = {
+    "Stable Diffusion 3": ("model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight", guess_stability),
+    "Stable Diffusion 3's network": ("joint_blocks.0.x_block.attn.qkv.weight", guess_stability),
     "eMIGM and MAR": ("diffusion_pos_embed_learned", _emigm),
     "MaskGIT-pytorch": ("first_layer.0.weight", _maskgit_v1),
     "Halton-MaskGIT": ("last_norm.norm_final.weight", _maskgit_v2),

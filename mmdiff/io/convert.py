@@ -174,12 +174,13 @@ def _published_names(ours: Tensors, layout: str, config: Any) -> Tensors:
     keys, copies = LAYOUTS[layout].key_map(config), LAYOUTS[layout].copies(config)
     names: dict[str, str] = {}
     for key in ours:
-        published = keys.backward(key)
-        if published is None:
+        name = keys.backward(key)
+        if name is None:
             raise CheckpointError(f"{key} has no name in the layout {layout!r}")
-        names[published] = key
+        names[name] = key
     names |= copies
-    return Tensors({new: ours.info[old] for new, old in names.items()}, lambda new: ours[names[new]])
+    published = Tensors({new: ours.info[old] for new, old in names.items()}, lambda new: ours[names[new]])
+    return LAYOUTS[layout].ungroup(published, config)
 
 
 def _write_config(identity: Identity, target: str, path: Path, out: Path) -> None:

@@ -170,6 +170,7 @@ def open_checkpoint(identity: Identity, *, root: str | None = None) -> Tensors:
     layout = LAYOUTS.get(identity.layout)
     rename = layout.key_map(identity.config).forward if layout else str
     unused = layout.unused(identity.config) if layout else ()
+    tensors = layout.regroup(tensors, identity.config) if layout else tensors
     return tensors.renamed(match(skeleton, tensors.info, rename, unused, str(identity.path)))
 
 

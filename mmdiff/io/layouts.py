@@ -12,8 +12,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mmdiff.io import published, published_diffusion, published_images, published_unified, published_vision
+from mmdiff.io import (
+    published,
+    published_diffusion,
+    published_images,
+    published_stability,
+    published_unified,
+    published_vision,
+)
 from mmdiff.io.keymap import KeyMap
+from mmdiff.io.tensors import Tensors
 from mmdiff.models import emigm, llada, vision, vqgan
 
 __all__ = ["HOSTILE", "LAYOUTS", "Published", "detect", "hostile_fields"]
@@ -36,6 +44,8 @@ class Published:
         write: Our configuration -> the fields of a config.json.
         unused: Regular expressions of published keys that hold nothing of their own.
         copies: Published keys that repeat another tensor -> key of the module.
+        regroup: Published tensors -> the same as ``keys`` names them, where a layout stacks what others keep apart.
+        ungroup: Its inverse.
     """
 
     family: str
@@ -45,6 +55,8 @@ class Published:
     write: Callable[[Any], dict[str, Any]]
     unused: Callable[[Any], tuple[str, ...]]
     copies: Callable[[Any], dict[str, str]] = lambda config: {}
+    regroup: Callable[[Tensors, Any], Tensors] = lambda tensors, config: tensors
+    ungroup: Callable[[Tensors, Any], Tensors] = lambda tensors, config: tensors
 
     def key_map(self, config: Any) -> KeyMap:
         """Published key <-> key of the module of that configuration."""
@@ -298,6 +310,28 @@ LAYOUTS: dict[str, Published] = {
         read=published_diffusion.read_mmdit,
         write=published_diffusion.write_mmdit,
         unused=lambda config: (),
+    ),
+    "dit-diffusers": Published(
+        family="dit",
+        keys=published_stability.DIFFUSERS_DIT,
+        detect=published_stability.is_diffusers_dit,
+        read=published_stability.read_diffusers_dit,
+        write=published_stability.write_diffusers_dit,
+        unused=lambda config: (r"transformer_blocks\.[1-9]\d*\.norm1\.emb\..*",),
+        copies=published_stability.shared_copies,
+        regroup=published_stability.regroup_diffusers_dit,
+        ungroup=published_stability.ungroup_diffusers_dit,
+    ),
+    "sd3-single": Published(
+        family="mmdit",
+        keys=published_stability.STABILITY,
+        detect=published_stability.is_stability,
+        read=published_stability.read_stability,
+        write=published_stability.write_stability,
+        # Autoencoder and text encoders of a whole pipeline in one file.
+        unused=lambda config: (r"(model\.diffusion_model\.)?(first_stage_model|text_encoders|cond_stage_model)\..*",),
+        regroup=published_stability.regroup_stability,
+        ungroup=published_stability.ungroup_stability,
     ),
     "meissonic": Published(
         family="masked_mmdit",

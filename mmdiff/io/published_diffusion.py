@@ -24,9 +24,11 @@ __all__ = [
     "is_dit",
     "is_masked_mmdit",
     "is_mmdit",
+    "plain_scales",
     "read_dit",
     "read_masked_mmdit",
     "read_mmdit",
+    "unscaled_readout",
     "write_dit",
     "write_masked_mmdit",
     "write_mmdit",
@@ -160,7 +162,7 @@ def write_dit(config: dit.Config) -> dict[str, Any]:
     Raises:
         CheckpointError: The network has a scale that published files have no field for.
     """
-    _plain(config)
+    plain_scales(config)
     mup = {"base_hidden_size": config.width, "output_mult": config.readout_scale}
     return {
         "input_size": config.image_size,
@@ -209,8 +211,8 @@ def read_mmdit(tree: Tree, special: Mapping[str, int]) -> mmdit.Config:
 
 def write_mmdit(config: mmdit.Config) -> dict[str, Any]:
     """Fields of diffusers' SD3 network; errors as in `write_dit`."""
-    _plain(config)
-    _unscaled(config)
+    plain_scales(config)
+    unscaled_readout(config)
     return {
         "_class_name": "SD3Transformer2DModel",
         "sample_size": config.image_size,
@@ -259,8 +261,8 @@ def read_masked_mmdit(tree: Tree, special: Mapping[str, int]) -> masked_mmdit.Co
 
 def write_masked_mmdit(config: masked_mmdit.Config) -> dict[str, Any]:
     """Fields of a masked MMDiT; errors as in `write_dit`."""
-    _plain(config)
-    _unscaled(config)
+    plain_scales(config)
+    unscaled_readout(config)
     text = {} if config.text_vocab_size is None else {"tokenizer_vocab_size": config.text_vocab_size}
     return {
         "_class_name": "Transformer2DModel" if config.text_vocab_size is None else "SymmetricTransformer2DModel",
@@ -281,12 +283,22 @@ def write_masked_mmdit(config: masked_mmdit.Config) -> dict[str, Any]:
     }
 
 
-def _plain(config: Any) -> None:
+def plain_scales(config: Any) -> None:
+    """Refuse scales of branches and attention.
+
+    Raises:
+        CheckpointError: The network has one.
+    """
     if config.residual_scale != 1 or config.attention_scale is not None:
         raise CheckpointError("published layouts have no field for residual_scale and attention_scale")
 
 
-def _unscaled(config: Any) -> None:
+def unscaled_readout(config: Any) -> None:
+    """Refuse a factor of the readout.
+
+    Raises:
+        CheckpointError: The network has one.
+    """
     if config.readout_scale != 1:
         raise CheckpointError(
             f"readout_scale {config.readout_scale} has no field in the published layout; fold it into the weight with "

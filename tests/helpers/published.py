@@ -219,10 +219,18 @@ CONFIGS = {
     "siglip": SIGLIP,
     "dit": diffusion.DIT,
     "sd3": diffusion.SD3,
+    "dit-diffusers": diffusion.DIFFUSERS_DIT,
+    "sd3-single": diffusion.SD3_SINGLE,
     "meissonic": diffusion.MUDDIT,
 }
 
-DIFFUSION = {"dit": diffusion.dit_shapes, "sd3": diffusion.sd3_shapes, "meissonic": diffusion.muddit_shapes}
+DIFFUSION = {
+    "dit": diffusion.dit_shapes,
+    "sd3": diffusion.sd3_shapes,
+    "dit-diffusers": diffusion.diffusers_dit_shapes,
+    "sd3-single": diffusion.sd3_single_shapes,
+    "meissonic": diffusion.muddit_shapes,
+}
 
 
 def shapes(layout: str, tree: dict[str, Any]) -> Shapes:
@@ -326,9 +334,16 @@ def weights(layout: str, tree: dict[str, Any], seed: int = 0) -> dict[str, Tenso
     draw = torch.Generator().manual_seed(seed)
     dtypes = (torch.bfloat16, torch.float16, torch.float32)
     tensors = {
-        key: (torch.randn(shape, generator=draw) * 0.2).to(dtypes[n % 3])
+        # What is stacked elsewhere has one dtype.
+        key: (torch.randn(shape, generator=draw) * 0.2).to(
+            dtypes[2 if ".to_" in key and layout[:3] == "dit" else n % 3]
+        )
         for n, (key, shape) in enumerate(shapes(layout, tree).items())
     }
+    first = "transformer_blocks.0.norm1.emb."
+    for key in tensors if layout == "dit-diffusers" else ():
+        if ".norm1.emb." in key and not key.startswith(first):
+            tensors[key] = tensors[first + key.partition(".emb.")[2]].clone()
     if layout == "maskgit-v2":
         tensors["head.weight"] = tensors["tok_emb.weight"].clone()
     return tensors

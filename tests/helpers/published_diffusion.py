@@ -38,6 +38,34 @@ SD3: dict[str, Any] = {
     "qk_norm": "rms_norm",
 }
 
+DIFFUSERS_DIT: dict[str, Any] = {
+    "_class_name": "DiTTransformer2DModel",
+    "sample_size": 6,
+    "patch_size": 2,
+    "in_channels": 4,
+    "out_channels": 8,
+    "num_layers": 2,
+    "num_attention_heads": 3,
+    "attention_head_dim": 8,
+    "num_embeds_ada_norm": 5,
+    "norm_type": "ada_norm_zero",
+}
+
+SD3_SINGLE: dict[str, Any] = {
+    "_class_name": "MMDiTX",
+    "patch_size": 2,
+    "in_channels": 3,
+    "out_channels": 3,
+    "num_layers": 2,
+    "attention_head_dim": 8,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 6,
+    "pooled_projection_dim": 5,
+    "pos_embed_max_size": 4,
+    "dual_attention_layers": [0],
+    "qk_norm": "rms_norm",
+}
+
 MUDDIT: dict[str, Any] = {
     "patch_size": 1,
     "num_layers": 1,
@@ -107,6 +135,48 @@ def sd3_shapes(c: dict[str, Any]) -> Shapes:
         dual, norm = i in c["dual_attention_layers"], c["qk_norm"] is not None
         out |= joint_shapes(f"transformer_blocks.{i}", d, head, norm=norm, dual=dual, last=i == n - 1)
     return out | linear("norm_out.linear", 2 * d, d) | linear("proj_out", p * p * c["out_channels"], d)
+
+
+def diffusers_dit_shapes(c: dict[str, Any]) -> Shapes:
+    d, p = c["attention_head_dim"] * c["num_attention_heads"], c["patch_size"]
+    out = linear("pos_embed.proj", d, c["in_channels"], p, p)
+    for i in range(c["num_layers"]):
+        top = f"transformer_blocks.{i}"
+        embed = f"{top}.norm1.emb"
+        out |= linear(f"{embed}.timestep_embedder.linear_1", d, 256) | linear(
+            f"{embed}.timestep_embedder.linear_2", d, d
+        )
+        out[f"{embed}.class_embedder.embedding_table.weight"] = (c["num_embeds_ada_norm"] + 1, d)
+        for name in ("to_q", "to_k", "to_v", "to_out.0"):
+            out |= linear(f"{top}.attn1.{name}", d, d)
+        out |= linear(f"{top}.norm1.linear", 6 * d, d)
+        out |= linear(f"{top}.ff.net.0.proj", 4 * d, d) | linear(f"{top}.ff.net.2", d, 4 * d)
+    return out | linear("proj_out_1", 2 * d, d) | linear("proj_out_2", p * p * c["out_channels"], d)
+
+
+def sd3_single_shapes(c: dict[str, Any]) -> Shapes:
+    head, p, n = c["attention_head_dim"], c["patch_size"], c["num_layers"]
+    d = head * c["num_attention_heads"]
+    top = "model.diffusion_model"
+    out: Shapes = {f"{top}.pos_embed": (1, c["pos_embed_max_size"] ** 2, d)}
+    out |= linear(f"{top}.x_embedder.proj", d, c["in_channels"], p, p)
+    for name, size in (("t_embedder", 256), ("y_embedder", c["pooled_projection_dim"])):
+        out |= linear(f"{top}.{name}.mlp.0", d, size) | linear(f"{top}.{name}.mlp.2", d, d)
+    out |= linear(f"{top}.context_embedder", d, c["joint_attention_dim"])
+    for i in range(n):
+        for stream in ("x_block", "context_block"):
+            block, last = f"{top}.joint_blocks.{i}.{stream}", i == n - 1 and stream == "context_block"
+            dual = i in c["dual_attention_layers"] and stream == "x_block"
+            out |= linear(f"{block}.adaLN_modulation.1", (2 if last else 9 if dual else 6) * d, d)
+            for attention in ("attn", "attn2") if dual else ("attn",):
+                out |= linear(f"{block}.{attention}.qkv", 3 * d, d)
+                out |= {} if last else linear(f"{block}.{attention}.proj", d, d)
+                for norm in ("ln_q", "ln_k"):
+                    out |= linear(f"{block}.{attention}.{norm}", head, bias=False)
+            if not last:
+                out |= linear(f"{block}.mlp.fc1", 4 * d, d) | linear(f"{block}.mlp.fc2", d, 4 * d)
+    out |= linear(f"{top}.final_layer.adaLN_modulation.1", 2 * d, d)
+    return out | linear(f"{top}.final_layer.linear", p * p * c["out_channels"], d)
 
 
 def muddit_shapes(c: dict[str, Any]) -> Shapes:
