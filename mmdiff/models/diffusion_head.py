@@ -5,7 +5,6 @@ Source: MAR (arXiv 2406.11838), section 4; key names as published.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -13,29 +12,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["DiffusionHead", "sinusoid"]
+from mmdiff.nn.modulation import TimeEmbedder
 
-_FREQUENCIES = 256
-
-
-def sinusoid(t: Float[Tensor, "M"], width: int = _FREQUENCIES) -> Float[Tensor, "M W"]:
-    """Cosines, then sines, of t times 10000^(-k / (width/2)), float32."""
-    half = width // 2
-    rates = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
-    angles = t[:, None].float() * rates
-    return torch.cat((angles.cos(), angles.sin()), dim=-1)
-
-
-class TimeEmbed(nn.Module):
-    """Timestep to width w."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(_FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
-
-    def forward(self, t: Float[Tensor, "M"]) -> Float[Tensor, "M W"]:
-        """Any float timesteps, fractional ones included."""
-        return self.mlp(sinusoid(t).to(next(self.mlp.parameters()).dtype))
+__all__ = ["DiffusionHead"]
 
 
 class Modulation(nn.Sequential):
@@ -105,7 +84,7 @@ class DiffusionHead(nn.Module):
     def __init__(self, channels: int, condition: int, width: int, depth: int) -> None:
         super().__init__()
         self.channels = channels
-        self.time_embed = TimeEmbed(width)
+        self.time_embed = TimeEmbedder(width)
         self.cond_embed = nn.Linear(condition, width)
         self.input_proj = nn.Linear(channels, width)
         self.res_blocks = nn.ModuleList(ResBlock(width) for _ in range(depth))

@@ -19,7 +19,8 @@ from mmdiff.batch import Layout
 from mmdiff.config import Field, config
 from mmdiff.errors import ConfigError
 from mmdiff.models.base import PretrainedModule
-from mmdiff.nn.modulation import MLP, TimeEmbedder, gated, modulate, normed
+from mmdiff.nn.layers import MLP
+from mmdiff.nn.modulation import TimeEmbedder, gated, modulate, normed
 from mmdiff.nn.patches import unpatch
 from mmdiff.nn.posemb import sincos_2d
 

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from mmdiff.config import Field, config
 from mmdiff.errors import ConfigError
 from mmdiff.models.base import PretrainedModule
+from mmdiff.nn.layers import MLP
 
 __all__ = ["Config", "SiglipTower", "connector"]
 
@@ -101,18 +102,6 @@ class SelfAttention(nn.Module):
         q, k, v = (p(x).view(m, n, self.heads, -1).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
         out = F.scaled_dot_product_attention(q, k, v)
         return self.out_proj(out.transpose(1, 2).reshape(m, n, -1))
-
-
-class MLP(nn.Module):
-    """Two linear layers with the tanh form of GELU between them."""
-
-    def __init__(self, width: int, ffn_width: int) -> None:
-        super().__init__()
-        self.fc1, self.fc2 = nn.Linear(width, ffn_width), nn.Linear(ffn_width, width)
-
-    def forward(self, x: Float[Tensor, "M N D"]) -> Float[Tensor, "M N D"]:
-        """Applied to every token."""
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
 class Layer(nn.Module):

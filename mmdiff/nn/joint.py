@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmdiff.nn.axial import rotate_pairs
-from mmdiff.nn.layers import RMSNorm
-from mmdiff.nn.modulation import EPS, MLP, gated, modulate, normed
+from mmdiff.nn.layers import MLP, RMSNorm
+from mmdiff.nn.modulation import EPS, gated, modulate, normed
 
 __all__ = ["JointBlock", "Projections", "SingleBlock", "Stream", "Table", "attend"]
 

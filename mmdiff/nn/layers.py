@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["RMSNorm", "SwiGLU"]
+__all__ = ["MLP", "RMSNorm", "SwiGLU"]
 
 
 class RMSNorm(nn.Module):
@@ -41,3 +41,21 @@ class SwiGLU(nn.Module):
     def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
         """Apply to the last axis; any leading shape."""
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class MLP(nn.Module):
+    """Linear, GELU (tanh form), linear.
+
+    Args:
+        width: D.
+        ffn_width: Hidden size.
+    """
+
+    def __init__(self, width: int, ffn_width: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, ffn_width)
+        self.fc2 = nn.Linear(ffn_width, width)
+
+    def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
+        """Apply to the last axis."""
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))

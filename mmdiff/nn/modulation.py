@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from mmdiff.nn.posemb import sinusoid
 
-__all__ = ["MLP", "Embedder", "TimeEmbedder", "gated", "modulate", "normed"]
+__all__ = ["Embedder", "TimeEmbedder", "gated", "modulate", "normed"]
 
 EPS = 1e-6
 """Epsilon of the norms without weights in every published DiT and MMDiT."""
@@ -70,21 +70,3 @@ class TimeEmbedder(Embedder):
     def forward(self, t: Float[Tensor, "B"]) -> Float[Tensor, "B D"]:
         """Condition vectors of times, as the checkpoint was trained to see them (0 .. 1000)."""
         return self.mlp(sinusoid(t, TIME_CHANNELS).to(self.mlp[0].weight.dtype))  # type: ignore[arg-type]
-
-
-class MLP(nn.Module):
-    """Linear, GELU (tanh form), linear.
-
-    Args:
-        width: D.
-        ffn_width: Hidden size.
-    """
-
-    def __init__(self, width: int, ffn_width: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(width, ffn_width)
-        self.fc2 = nn.Linear(ffn_width, width)
-
-    def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
-        """Apply to the last axis."""
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from mmdiff.diffusion.gaussian import Process
 from mmdiff.io.convert import convert
-from mmdiff.models.diffusion_head import sinusoid
 from mmdiff.models.emigm import EMIGM, Known
+from mmdiff.nn.posemb import sinusoid
 from mmdiff.training.objective import TokenDiffusion
 from mmdiff.training.optim import decays
 
