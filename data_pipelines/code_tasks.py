@@ -73,6 +73,15 @@ class BehindCodes:
             droppable=behind(said.droppable, False),
         )
 
+    def length(self, sample: Sample, generator: torch.Generator) -> int:
+        """Slots of the example that the same arguments give."""
+        return len(self(sample, generator).ids)
+
+    @property
+    def reads_images(self) -> bool:
+        """Whether `length` needs the images' bytes: their codes are enough."""
+        return False
+
 
 class DrawnCodes:
     """A prompt, and the codes of its image to be learnt.
@@ -113,6 +122,15 @@ class DrawnCodes:
             # Guidance reads the empty prompt, so none is masked.
             droppable=torch.zeros(len(ids), dtype=torch.bool),
         )
+
+    def length(self, sample: Sample, generator: torch.Generator) -> int:
+        """Slots of the example that the same arguments give."""
+        return len(self(sample, generator).ids)
+
+    @property
+    def reads_images(self) -> bool:
+        """Whether `length` needs the images' bytes: their codes are enough."""
+        return False
 
 
 def _without_images(message: Mapping[str, Any]) -> dict[str, Any]:

@@ -55,7 +55,7 @@ class Flow:
     drop: float = Field(0.1, ge=0, le=1)
     """Share of images whose class or text is dropped."""
 
-    def __call__(self, model: Any, batch: Batch, generator: torch.Generator) -> Losses:
+    def __call__(self, model: Any, batch: Batch, generator: rng.Source) -> Losses:
         """The loss of a network that is told classes."""
         if batch.classes is None:
             raise ConfigError("objective flow: the batch holds no classes; for texts name a text_encoder in the recipe")
@@ -67,7 +67,7 @@ class Flow:
         """The objective of a network that is told what ``encode`` makes of texts."""
         return Prompted(self, encode)
 
-    def losses(self, model: Any, batch: Batch, conditions: Sequence[Tensor], generator: torch.Generator) -> Losses:
+    def losses(self, model: Any, batch: Batch, conditions: Sequence[Tensor], generator: rng.Source) -> Losses:
         """Weighted squared error of the velocity, mean over the rows."""
         x0 = batch.latents
         if x0 is None or not x0.is_floating_point():
@@ -83,7 +83,7 @@ class Flow:
         each = flow.per_sample_loss(predicted, flow.velocity(x0, noise)) * self._weights(sigma)
         return Losses(each.mean(), {"image": (each.detach().sum(), len(batch))})
 
-    def sigmas(self, rows: int, generator: torch.Generator, like: Tensor, patch: int) -> Float[Tensor, "B"]:
+    def sigmas(self, rows: int, generator: rng.Source, like: Tensor, patch: int) -> Float[Tensor, "B"]:
         """Shares of noise of the rows of a batch of images like ``like``."""
         if self.time == "logit_normal":
             sigma = flow.logit_normal(rng.normal(generator, (rows,), device=like.device), self.mean, self.std)
@@ -109,7 +109,7 @@ class Prompted:
     spec: Flow
     encode: Encode
 
-    def __call__(self, model: Any, batch: Batch, generator: torch.Generator) -> Losses:
+    def __call__(self, model: Any, batch: Batch, generator: rng.Source) -> Losses:
         """The loss of a network that is told texts."""
         if len(batch.texts) != len(batch):
             raise ConfigError("objective flow: a text_encoder needs texts; use the task prompted")
