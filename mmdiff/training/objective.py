@@ -25,6 +25,7 @@ from mmdiff.batch import IGNORE, Batch, Packing, places
 from mmdiff.config import Field, config
 from mmdiff.diffusion import bounds, masking, noise, objectives
 from mmdiff.errors import ConfigError
+from mmdiff.training.autoencoding import Autoencoding
 from mmdiff.training.block_diffusion import BlockDiffusion
 from mmdiff.training.certainty import CertaintyForcing
 from mmdiff.training.flow import Flow
@@ -163,42 +164,6 @@ class Masked:
         total = self.text_weight * summed.sum()
         count = weights[: len(batch)].sum().clamp_min(torch.finfo(weights.dtype).tiny)
         return Losses(total / count, terms, {"text": total})
-
-
-@config
-class Autoencoding:
-    """Reconstruction of images through a discrete bottleneck."""
-
-    type: Literal["autoencoding"] = "autoencoding"
-    """Objective name."""
-    scales: int = Field(3, gt=0)
-    """Number of resolutions (each half of the one before) at which images are compared."""
-    edges: float = Field(1.0, ge=0)
-    """Weight of the difference of image gradients, which keeps outlines sharp."""
-    penalty: float = Field(1e-4, ge=0)
-    """Weight of the bottleneck's own term: the KL divergence of a KL autoencoder (about 1e-6 to 1e-3), codebook and
-    commitment of a VQGAN (about 1); no effect on finite scalar quantisation."""
-
-    def __call__(self, model: nn.Module, batch: Batch, source: rng.Source) -> Losses:
-        """Mean absolute error over scales plus the same of horizontal and vertical differences."""
-        pixels = _pixels(batch)
-        output, bottleneck = model(pixels)
-        own: Any = getattr(model, "penalty", None)
-        total = pixels.new_zeros(()) if own is None else self.penalty * own(bottleneck)
-        a, b = output, pixels
-        for _ in range(self.scales):
-            total = total + F.l1_loss(a, b) + F.mse_loss(a, b)
-            total = total + self.edges * (
-                F.l1_loss(a.diff(dim=2), b.diff(dim=2)) + F.l1_loss(a.diff(dim=3), b.diff(dim=3))
-            )
-            a, b = F.avg_pool2d(a, 2), F.avg_pool2d(b, 2)
-        error = F.l1_loss(output.detach(), pixels) * len(batch)
-        terms = {"image": (error, len(batch))}
-        usage: Any = getattr(model, "usage", None)
-        if usage is not None:
-            # Share of the codebook that the batch uses, so that a collapse is seen.
-            terms["usage"] = (usage(bottleneck.detach()) * len(batch), len(batch))
-        return Losses(total, terms)
 
 
 @config
