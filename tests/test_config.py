@@ -165,7 +165,9 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("text", "parts"), REFUSED, ids=range(len(REFUSED)))
-def test_malformed_file_is_refused_with_path_value_and_suggestion(tmp_path: Path, text: str, parts: list[str]) -> None:
+def test_r24_malformed_file_is_refused_with_path_value_and_suggestion(
+    tmp_path: Path, text: str, parts: list[str]
+) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text(text, encoding="utf-8")
     with pytest.raises(ConfigError) as caught:
@@ -176,7 +178,7 @@ def test_malformed_file_is_refused_with_path_value_and_suggestion(tmp_path: Path
         assert part in message
 
 
-def test_table_of_malformed_files_is_long_enough() -> None:
+def test_r24_table_of_malformed_files_is_long_enough() -> None:
     assert len({text for text, _ in REFUSED}) == len(REFUSED) >= 60
 
 
@@ -220,7 +222,7 @@ def keys_of(cls: type) -> list[str]:
 
 @settings(deadline=None)
 @given(st.data())
-def test_key_with_one_typo_gets_the_right_suggestion(data: st.DataObject) -> None:
+def test_r24_key_with_one_typo_gets_the_right_suggestion(data: st.DataObject) -> None:
     keys = keys_of(Run)
     key = data.draw(st.sampled_from([k for k in keys if len(k) > 3]))
     i = data.draw(st.integers(0, len(key) - 1))
@@ -261,7 +263,7 @@ runs = st.builds(
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 @given(value=runs)
-def test_dump_then_load_gives_the_same_configuration(tmp_path: Path, value: Run) -> None:
+def test_r24_dump_then_load_gives_the_same_configuration(tmp_path: Path, value: Run) -> None:
     file = tmp_path / "dumped.yaml"
     file.write_bytes(cfg.dump(value).encode("utf-8"))
     again = cfg.load(Run, file)

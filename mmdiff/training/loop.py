@@ -24,7 +24,7 @@ from mmdiff import config as configs
 from mmdiff import rng
 from mmdiff.batch import Batch
 from mmdiff.config import Field, config
-from mmdiff.errors import ConfigError, MmdiffError, ShardError
+from mmdiff.errors import CheckpointError, ConfigError, MmdiffError, ShardError
 from mmdiff.training import optim, state
 from mmdiff.training.finetune import LoraConfig, attach
 from mmdiff.training.guard import Guard
@@ -80,6 +80,11 @@ class TrainConfig:
     """Samples between checkpoints."""
     keep: int = Field(2, ge=2)
     """Checkpoints to keep, the newest ones."""
+    checkpoint_async: bool = False
+    """Write checkpoints beside the training, from a copy of the state in main memory; the next waits for the former."""
+    checkpoint_failed: Literal["stop", "continue"] = "stop"
+    """After a checkpoint could not be written, such as on a full disk: end the run, or go on and try again at the next;
+    the last one of a run has to succeed."""
     parallel: ParallelConfig = Field(default_factory=DdpConfig)
     """How several processes share the work; no effect on one."""
     step_timeout_s: float = Field(600.0, gt=0)
@@ -260,8 +265,8 @@ class _Run:
         self.guard.load_state_dict(saved["guard"])
         self.skipped = Counter(saved["skipped"])
 
-    def save(self) -> Path:
-        """Write a checkpoint of the present state."""
+    def save(self, *, final: bool = True) -> Path:
+        """Write a checkpoint of the present state; unless it is the ``final`` one, it may be on its way afterwards."""
         self.watch.doing("saving")
         started = time.perf_counter()
         tensors: dict[str, Mapping[str, Tensor]] = {
@@ -281,8 +286,14 @@ class _Run:
             "config": configs.fingerprint(self.config),
             "torch": torch.__version__,
         }
-        snapshot = self.saver.save(self.samples, tensors, plain)
         path = self.saver.path(self.samples)
+        try:
+            snapshot = self.saver.save(self.samples, tensors, plain, later=self.config.checkpoint_async and not final)
+        except CheckpointError as error:
+            if final or self.config.checkpoint_failed == "stop":
+                raise
+            self._go_on_unsaved(error)
+            return path
         self.saved_at = self.samples
         seconds = time.perf_counter() - started
         if self.save_seconds is None:
@@ -291,6 +302,13 @@ class _Run:
         self.clock.leave_out(seconds)
         self.watch.doing("computing")
         return path
+
+    def _go_on_unsaved(self, error: CheckpointError) -> None:
+        self.log.write(
+            {"samples": self.samples, "step": self.steps, "event": "checkpoint_failed", "message": str(error)}
+        )
+        self.progress.say(f"{error}; training goes on, as train.checkpoint_failed says")
+        self.watch.doing("computing")
 
     def skip_counts(self) -> dict[str, int]:
         """Reason -> how often data was not used by any process, since the run began."""
@@ -324,7 +342,7 @@ class _Run:
                 self._write_line()
             self._call_probes(probes, before)
             if last or crossed(self.config.checkpoint_every_samples, before, self.samples):
-                self.save()
+                self.save(final=last)
             self._give_up_if_hopeless()
         if self.saved_at != self.samples:
             self.save()
@@ -465,6 +483,7 @@ class _Run:
         """End what runs in the background and close the log."""
         if hasattr(self, "batches") and hasattr(self.batches, "close"):
             self.batches.close()
+        self.saver.close()
         self.log.close()
 
     def _leave_out(self, batch: Batch, reason: str) -> None:

@@ -42,6 +42,7 @@ _FREE = (
     *(p + k for p in ("", "train.") for k in ("log_every_samples", "checkpoint_every_samples", "keep")),
     *("data." + k for k in ("workers", "start_method", "prefetch", "cache_decoded", "cache_mib", "allow_changed")),
     *("data." + k for k in ("max_skip_fraction", "damaged")),
+    *(p + k for p in ("", "train.") for k in ("checkpoint_async", "checkpoint_failed")),
     *(p + k for p in ("", "train.") for k in ("step_timeout_s", "first_step_timeout_s", "compile")),
 )
 FREE_KEYS = frozenset(_FREE)
@@ -222,7 +223,7 @@ def check(run_dir: Path, run_config: Any, *, resume: bool) -> None:
         raise ConfigError(f"{run_dir}: cannot be the folder of a run ({error.strerror}); choose another out") from None
     path = run_dir / "config.yaml"
     if path.is_file() and resume:
-        _refuse_changes(path, configs.read_yaml(path), configs.to_dict(run_config))
+        _refuse_changes(path, _completed(path, run_config), configs.to_dict(run_config))
         return
     # What a run leaves that was killed before it had written its configuration.
     present = [n for n in names if n != "checkpoints" and ".tmp-" not in n]
@@ -291,6 +292,15 @@ def load_average(run_dir: Path, model: nn.Module) -> Path:
         saved |= {name: average[name].to(saved[name].dtype) for name in average}
     copy_into(model_tensors(model), saved, str(path))
     return path
+
+
+def _completed(path: Path, run_config: Any) -> Mapping[str, Any]:
+    """The configuration of a run, with the defaults of keys that came after the version that wrote it."""
+    tree = configs.read_yaml(path)
+    try:
+        return configs.to_dict(configs.parse(type(run_config), tree, str(path)))
+    except ConfigError:
+        return tree
 
 
 def _refuse_changes(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:

@@ -92,7 +92,7 @@ def test_training_exports_the_averaged_weights_with_their_tokenizer(recipe, toke
     assert any(not torch.equal(weights[name], own) for name, own in newest.tensors["model"].items())
 
 
-def test_r1_a_stopped_command_exits_75_and_its_resume_command_gives_the_same_model(recipe, tmp_path):
+def test_r01_a_stopped_command_exits_75_and_its_resume_command_gives_the_same_model(recipe, tmp_path):
     """The whole command with real tasks, stopped by a probe that raises the signal."""
     whole = train.run(recipe, progress=False)
 

@@ -61,7 +61,7 @@ def kill_at_random(zygote: Any, run_dir: Path, seed: int, kills: int, sleep: flo
     return died
 
 
-def test_r1_a_run_killed_at_random_times_equals_the_uninterrupted_one(zygote, whole, tmp_path):
+def test_r01_a_run_killed_at_random_times_equals_the_uninterrupted_one(zygote, whole, tmp_path):
     died = kill_at_random(zygote, tmp_path / "run", seed=1, kills=4, sleep=0.004)
     assert died >= 2
     assert_same_run(tmp_path / "run", whole)
@@ -69,13 +69,13 @@ def test_r1_a_run_killed_at_random_times_equals_the_uninterrupted_one(zygote, wh
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(5))
-def test_r1_twenty_runs_killed_at_random_times_equal_the_uninterrupted_one(zygote, whole, tmp_path, seed):
+def test_r01_twenty_runs_killed_at_random_times_equal_the_uninterrupted_one(zygote, whole, tmp_path, seed):
     for i in range(4):
         kill_at_random(zygote, tmp_path / f"run{i}", seed=100 * seed + i, kills=5, sleep=0.002)
         assert_same_run(tmp_path / f"run{i}", whole)
 
 
-def test_r2_a_kill_inside_any_step_of_saving_leaves_a_whole_checkpoint_and_resumes_exactly(zygote, tmp_path):
+def test_r02_a_kill_inside_any_step_of_saving_leaves_a_whole_checkpoint_and_resumes_exactly(zygote, tmp_path):
     changes = {"samples": 36, "checkpoint_every_samples": 12}
     assert zygote.run(tmp_path / "whole", changes) == 0
     for point in range(1, 200):
@@ -143,3 +143,58 @@ def test_r13_a_full_disk_leaves_the_former_checkpoint_and_says_what_is_needed(zy
     assert re.search(r"needs [\d,]+ bytes", message)
     assert zygote.run(run_dir) == 0
     assert_same_run(run_dir, whole)
+
+
+def checkpoints_of(run_dir: Path) -> dict[str, dict[str, bytes]]:
+    """Tensors and state of every checkpoint; what depends on the speed is left out."""
+    found = {}
+    for path in sorted((run_dir / "checkpoints").glob("step_*")):
+        files = {name: (path / f"{name}.safetensors").read_bytes() for name in ("model", "ema", "optimizer")}
+        state = {k: v for k, v in json.loads((path / "state.json").read_text()).items() if k != "log_bytes"}
+        found[path.name] = {**files, "state": json.dumps({**state, "config": ""}).encode()}
+    return found
+
+
+def test_r30_checkpoints_written_beside_the_training_hold_the_state_of_their_step(zygote, tmp_path):
+    changes = {"samples": 60, "checkpoint_every_samples": 12, "keep": 9}
+    assert zygote.run(tmp_path / "plain", changes) == 0
+    # A point of saving takes longer than the twelve samples between two of them: they queue up.
+    assert zygote.run(tmp_path / "later", {**changes, "checkpoint_async": True}, MMDIFF_FAULT="slow:0.02") == 0
+    plain, later = checkpoints_of(tmp_path / "plain"), checkpoints_of(tmp_path / "later")
+    assert len(plain) == 5
+    assert plain == later
+
+
+def test_r30_a_crash_while_a_checkpoint_is_on_its_way_leaves_the_former(zygote, whole, tmp_path):
+    for point in (29, 37, 44, 51):
+        run_dir = tmp_path / f"run{point}"
+        changes = {"checkpoint_async": True}
+        assert zygote.run(run_dir, changes, MMDIFF_FAULT=f"after:{point}") == -signal.SIGKILL
+        verify_manifest(newest(run_dir))
+        assert zygote.run(run_dir, {}) == 0
+        assert_same_run(run_dir, whole)
+
+
+def test_r30_a_checkpoint_that_fails_on_its_way_ends_the_run_with_its_message(zygote, tmp_path):
+    code = zygote.run(tmp_path / "run", {"checkpoint_async": True}, TOY_FILE_LIMIT="1500")
+    assert code == 4
+    assert "the checkpoint could not be written (File too large)" in zygote.said().splitlines()[-1]
+
+
+def test_r13_training_goes_on_without_a_checkpoint_if_it_was_told_to(zygote, tmp_path):
+    changes = {"samples": 60, "checkpoint_every_samples": 20, "log_every_samples": 60, "checkpoint_failed": "continue"}
+    code = zygote.run(tmp_path / "run", changes, TOY_FILE_LIMIT="2500")
+    assert code == 4
+    events = [line for line in log_of(tmp_path / "run") if line.get("event") == "checkpoint_failed"]
+    assert [line["samples"] for line in events] == [20, 40]
+    assert "File too large" in events[0]["message"]
+    assert zygote.run(tmp_path / "run", changes) == 0
+    assert newest(tmp_path / "run").name == "step_0000000060"
+
+
+def test_r20_the_same_seed_gives_the_same_bytes(zygote, whole, tmp_path):
+    assert zygote.run(tmp_path / "again") == 0
+    assert_same_run(tmp_path / "again", whole)
+    assert zygote.run(tmp_path / "other", {"seed": 4}) == 0
+    model = "model.safetensors"
+    assert (newest(tmp_path / "other") / model).read_bytes() != (newest(whole) / model).read_bytes()

@@ -92,7 +92,7 @@ def test_compiled_blocks_give_the_same_losses(zygote, alone, tmp_path, parallel)
 
 
 @pytest.mark.parametrize("parallel", [{"type": "ddp"}, FSDP], ids=lambda p: p["type"])
-def test_r3_a_run_goes_on_with_another_number_of_processes_and_every_sample_comes_once(
+def test_r03_a_run_goes_on_with_another_number_of_processes_and_every_sample_comes_once(
     zygote, alone, tmp_path, parallel
 ):
     run_dir = tmp_path / "run"

@@ -68,7 +68,7 @@ def test_the_loop_equals_ten_lines_of_plain_pytorch(toy, tmp_path):
     assert (report.samples, report.steps, report.stopped) == (40, 10, False)
 
 
-def test_r1_resuming_after_every_checkpoint_equals_the_uninterrupted_run(toy, tmp_path):
+def test_r01_resuming_after_every_checkpoint_equals_the_uninterrupted_run(toy, tmp_path):
     whole, _ = run(toy, tmp_path / "whole")
 
     class DiedError(Exception):
