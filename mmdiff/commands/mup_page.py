@@ -20,6 +20,7 @@ __all__ = ["Chart", "draw", "draw_check", "draw_sweep"]
 Chart = tuple[str, str]
 """(title, SVG element)."""
 
+_RULES = {"sp": "standard parametrisation", "mup": "muP", "depth": "muP, width and depth"}
 _CELL = (340, 210)
 _HEAD, _PER_ROW = 30, 4
 _STYLE = (
@@ -54,12 +55,15 @@ def draw_sweep(path: Path, sweep: Sweep) -> None:
             for width in sweep.grid.widths
         ]
         svg = line_chart(lines, x_label="log2 learning rate", y_label="loss", smooth=False)
-        charts.append((f"{rule}: widths {', '.join(map(str, sweep.grid.widths))}", svg))
-    draw(path, charts, "Learning rate against width", sweep.table().splitlines())
+        charts.append((_RULES[rule], svg))
+    names = [f"width {width}" for width in sweep.grid.widths]
+    draw(path, charts, "Learning rate against width", sweep.table().splitlines(), legend=names)
 
 
-def draw(path: Path, charts: Sequence[Chart], title: str, notes: Sequence[str]) -> None:
+def draw(path: Path, charts: Sequence[Chart], title: str, notes: Sequence[str], *, legend: Sequence[str] = ()) -> None:
     """Write charts to a file: a page (``.html``), or one picture (``.svg``, ``.png``).
+
+    ``legend`` names the lines, which are the same in every chart.
 
     Raises:
         ConfigError: Another suffix.
@@ -69,11 +73,12 @@ def draw(path: Path, charts: Sequence[Chart], title: str, notes: Sequence[str]) 
 
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".html":
-        save_text(path, _page(charts, title, notes))
+        named = [f"Lines, in the order of their colours: {', '.join(legend)}."] if legend else []
+        save_text(path, _page(charts, title, [*notes, *named]))
     elif path.suffix == ".svg":
-        save_text(path, _picture(charts, notes))
+        save_text(path, _picture(charts, notes, legend))
     elif path.suffix == ".png":
-        path.write_bytes(_png(_picture(charts, notes)))
+        path.write_bytes(_png(_picture(charts, notes, legend)))
     else:
         raise ConfigError(f"{path}: a plot is an .html, .svg or .png file")
 
@@ -104,7 +109,7 @@ def _page(charts: Sequence[Chart], title: str, notes: Sequence[str]) -> str:
     return page(title, f"<h1>{escape(title)}</h1>{said}", [("charts", "Charts", section("charts", "Charts", boxes))])
 
 
-def _picture(charts: Sequence[Chart], notes: Sequence[str]) -> str:
+def _picture(charts: Sequence[Chart], notes: Sequence[str], legend: Sequence[str] = ()) -> str:
     """All charts in one SVG, four to a row, sentences below."""
     width, height = _CELL
     columns = min(_PER_ROW, len(charts))
@@ -115,12 +120,19 @@ def _picture(charts: Sequence[Chart], notes: Sequence[str]) -> str:
         parts.append(f'<text class="title" x="{x + 40}" y="{y + 18}">{escape(name)}</text>')
         place = f'<svg x="{x}" y="{y + _HEAD - 6}" width="{width}" height="{height}" '
         parts.append(svg.replace("<svg ", place, 1) if svg.startswith("<svg ") else "")
+        parts += [_key(x + width - 90, y + 40 + 15 * number, number, line) for number, line in enumerate(legend)]
     bottom = rows * (height + _HEAD)
     parts += [f'<text x="12" y="{bottom + 18 + 16 * i}">{escape(note)}</text>' for i, note in enumerate(notes)]
     size = f"0 0 {columns * width} {bottom + 24 + 16 * len(notes)}"
     white = '<rect width="100%" height="100%" fill="#fff"/>'
     inside = f"<style>{_STYLE}</style>{white}{''.join(parts)}"
     return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{size}">{inside}</svg>\n'
+
+
+def _key(x: int, y: int, number: int, name: str) -> str:
+    """An entry of the legend: a piece of the line and its name."""
+    line = f'<line class="line s{number % 6}" x1="{x}" x2="{x + 16}" y1="{y}" y2="{y}"/>'
+    return f'{line}<text x="{x + 21}" y="{y + 4}">{escape(name)}</text>'
 
 
 def _png(svg: str) -> bytes:
