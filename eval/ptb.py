@@ -43,6 +43,10 @@ oct okla penn pfc ph plc pres prof profs pte pty pvt rd rep reps rev rt sen sens
 supt sys tel tenn thu thurs tue tues univ va vs vt wed wis wm wyo""".split()
 _CAPITAL = "Ark Az Del Ill La Mass Miss Ore Pa Tex Wash ARK AZ DEL ILL LA MASS MISS ORE PA TEX WASH".split()
 _NUMBERED = "art ca fig figs no nos op pp prop".split()
+# Before these words a single letter's full stop ends a sentence.
+_STARTS = """A About According Additionally After An As At But Earlier He Her Here However If In It Last Many More
+Now Once One Other Our She Since So Some Such That The Their Then There These They This We What When
+While Yet You""".split()
 
 _L, _W = r"[^\W\d_]", r"[^\W_]"
 _CONTRACTED = r"s|m|d|re|ve|ll"
@@ -57,6 +61,7 @@ _TOKEN = re.compile(
             rf"(?<![\w'])(?i:{'|'.join(_NUMBERED)})\.(?=\s*\d)",
             rf"(?<![\w'])(?:{'|'.join(_CAPITAL)})\.(?!{_W})",
             r"(?<![\w'])(?i:ph\.d)\.?(?!\w)",
+            rf"(?<![\w'.]){_L}(?=\.\s+(?:{'|'.join(_STARTS)})(?!\S))",
             rf"(?<![\w'])(?:{_L}\.)+{_L}(?![\w.'])",
             rf"(?<![\w'])(?:{_L}\.)+(?!\w)",
             r"(?<!\w)\d{1,2}:\d\d(?![\d:/])",
