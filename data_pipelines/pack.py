@@ -6,6 +6,8 @@ is ``reader``'s; what samples hold is decided by the callers (``datasets``, ``ca
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import functools
 import io
 import json
@@ -22,7 +24,7 @@ from mmdiff.errors import ConfigError, SampleError, ShardError
 
 from .importers import Row, Rows
 from .index import SUFFIXES, build_index, index_name, read_index, split_name, write_index
-from .parallel import Tick, run_parts
+from .parallel import Tick, orphaned, run_parts
 from .tarscan import MAX_MEMBER_BYTES
 
 __all__ = ["PackReport", "pack", "write_shard", "write_shards"]
@@ -141,6 +143,10 @@ class _Job:
                 f"{self.folder}: holds shards named {names} already; add --overwrite, or choose another name"
             )
         self.folder.mkdir(parents=True, exist_ok=True)
+        with _locked(self.note, fcntl.LOCK_EX):
+            return self._begun(overwrite, unfinished)
+
+    def _begun(self, overwrite: bool, unfinished: Mapping[str, Any]) -> set[int]:
         for partial in self.folder.glob(f"{self.name}-*.tmp-*"):
             partial.unlink(missing_ok=True)
         if overwrite:
@@ -153,6 +159,7 @@ class _Job:
 
     def finish(self, resumed: int) -> PackReport:
         """Count what was written, ask once more what was left out, and note it."""
+        self.note.with_name(f".{self.note.name}.lock").unlink(missing_ok=True)
         skipped: Counter[str] = Counter()
         listed: list[dict[str, Any]] = []
         for number in range(self.count):
@@ -169,7 +176,19 @@ class _Job:
 
 
 def _pack_one(job: _Job, number: int, tick: Tick) -> None:
-    write_shard(job.shard(number), _readable(job, number, tick))
+    # A killed call leaves processes that end their shard; the next call waits for them instead of working beside them.
+    with _locked(job.note, fcntl.LOCK_SH):
+        if not orphaned():
+            write_shard(job.shard(number), _readable(job, number, tick))
+
+
+@contextlib.contextmanager
+def _locked(path: Path, kind: int) -> Iterator[None]:
+    """Hold a file's lock; where the file system has none, go on without."""
+    with path.with_name(f".{path.name}.lock").open("a") as file:
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, kind)
+        yield
 
 
 def _readable(job: _Job, number: int, tick: Tick) -> Iterator[Row]:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from mmdiff.errors import MmdiffError, ShardError
 
-__all__ = ["Tick", "run_parts"]
+__all__ = ["Tick", "orphaned", "run_parts"]
 
 T = TypeVar("T")
 Tick = Callable[[int], None]
@@ -46,7 +46,7 @@ def run_parts(
         for number in range(workers):
             here, there = context.Pipe(duplex=False)
             share = list(parts[number::workers])
-            helper = context.Process(target=_serve, args=(make, share, there, os.getpid()), daemon=True)
+            helper = context.Process(target=_serve, args=(make, share, there), daemon=True)
             helper.start()
             there.close()
             helpers[here] = helper
@@ -55,6 +55,20 @@ def run_parts(
         for helper in helpers.values():
             helper.terminate()
             helper.join()
+
+
+def orphaned() -> bool:
+    """Whether this is a process for some parts whose starter is gone."""
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return False
+    try:
+        os.kill(parent.pid or 0, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        pass
+    return not parent.is_alive()
 
 
 def _collect(helpers: dict[Connection, Any], tick: Tick) -> Iterator[tuple[int, Any]]:
@@ -82,11 +96,11 @@ def _collect(helpers: dict[Connection, Any], tick: Tick) -> Iterator[tuple[int, 
                 yield value
 
 
-def _serve(make: Callable[[int, Tick], Any], parts: Sequence[int], out: Connection, parent: int) -> None:
+def _serve(make: Callable[[int, Tick], Any], parts: Sequence[int], out: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started this one ends it
     try:
         for part in parts:
-            if os.getppid() != parent:
+            if orphaned():
                 return
             out.send(("done", (part, make(part, lambda done: out.send(("tick", done))))))
     except MmdiffError as error:
