@@ -4,11 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmdiff.io.keymap import KeyMap
 from mmdiff.io.layouts import LAYOUTS
+from mmdiff.io.tensors import TensorInfo, Tensors
 from tests.helpers import published
 
 
@@ -18,7 +20,17 @@ def keys_of(layout: str) -> KeyMap:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_published_key_has_one_name_here_and_comes_back(layout):
-    keys = list(published.shapes(layout, published.CONFIGS[layout]))
+    described = LAYOUTS[layout]
+    config = described.read(published.CONFIGS[layout], {})
+    shapes = published.shapes(layout, published.CONFIGS[layout])
+    repeated = described.copies(config)
+    info = {
+        k: TensorInfo(shape=s, dtype=torch.float32, file=Path("published"))
+        for k, s in shapes.items()
+        if k not in repeated
+    }
+    # What a layout stacks or keeps apart is put in order before keys are renamed.
+    keys = list(described.regroup(Tensors(info, lambda name: torch.empty(info[name].shape)), config))
     ours = [keys_of(layout).forward(k) for k in keys]
     assert None not in ours
     assert len(set(ours)) == len(keys)
