@@ -145,8 +145,8 @@ def schedule(steps: int, shift: float = 1.0, *, train_steps: int = TRAIN_STEPS) 
     The smallest sigma is shifted twice, as in diffusers and in Stability's sampler: the grid ends at the shifted
     1 / train_steps and is shifted as a whole.
 
-    >>> [round(s, 6) for s in schedule(4, 3.0).tolist()]
-    [1.0, 0.857692, 0.602151, 0.008929, 0.0]
+    >>> print(*(round(s, 6) for s in schedule(4, 3.0).tolist()))
+    1.0 0.857692 0.602151 0.008929 0.0
     """
     last = shifted(torch.tensor(1 / train_steps, dtype=torch.float64), shift)
     grid = torch.linspace(1.0, last.item(), steps, dtype=torch.float64, device="cpu")
