@@ -27,6 +27,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -161,10 +162,10 @@ def resume(shards: str, position: int) -> float:
     )
     start = time.perf_counter()
     loader.load_state_dict({"position": position, "plan_hash": loader.plan.hash})
-    batches = iter(loader)
+    batches: Any = iter(loader)
     next(batches)
     seconds = time.perf_counter() - start
-    batches.close()  # type: ignore[attr-defined]
+    batches.close()
     return seconds
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -120,7 +121,7 @@ def paired(
     a: Sequence[float] | np.ndarray | Tensor,
     b: Sequence[float] | np.ndarray | Tensor,
     statistic: Statistic = mean,
-    **options: object,
+    **options: Any,
 ) -> Interval:
     """Bootstrap of statistic(a) - statistic(b) over the same items in the same resamples.
 
@@ -140,7 +141,7 @@ def paired(
     def difference(values: Tensor, weights: Tensor) -> Tensor:
         return statistic(values[:, 0], weights) - statistic(values[:, 1], weights)
 
-    return bootstrap(both, difference, **options)  # type: ignore[arg-type]
+    return bootstrap(both, difference, **options)
 
 
 def rate(successes: int, n: int, *, level: float = 0.95) -> Interval:

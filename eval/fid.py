@@ -248,10 +248,10 @@ def _add(
         return dataclasses.replace(result, sfid=frechet_distance(a.spatial, b.spatial))
     if a.features is None or b.features is None:
         return _note(result, f"{measure} not available: it needs the images of both sides, not their statistics")
-    return dataclasses.replace(result, **_of_pairs(measure, a.features, b.features, rules))  # type: ignore[arg-type]
+    return dataclasses.replace(result, **_of_pairs(measure, a.features, b.features, rules))
 
 
-def _of_pairs(measure: str, a: Rows, b: Rows, rules: FidProtocol) -> dict[str, float | None]:
+def _of_pairs(measure: str, a: Rows, b: Rows, rules: FidProtocol) -> dict[str, Any]:
     """Fields of the result that need the features of both sides."""
     if measure == "kid":
         kernel = rules.kid(a, b)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -91,8 +92,7 @@ def _ids(records: Sequence[Mapping[str, Any]], key: str, where: str) -> list[str
     # JSON keys are text and ids often numbers: compare as text.
     ids = [str(r[key]) for r in records]
     if len(set(ids)) < len(ids):
-        seen: set[str] = set()
-        doubled = next(i for i in ids if i in seen or seen.add(i))  # type: ignore[func-returns-value]
+        ((doubled, _),) = Counter(ids).most_common(1)
         raise ConfigError(f"{where}: {key} {doubled} occurs more than once")
     return ids
 

@@ -9,6 +9,7 @@ import importlib.util
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -116,16 +117,17 @@ class _BlockB(nn.Module):
 class _BlockC(nn.Module):
     def __init__(self, inner: int) -> None:
         super().__init__()
-        row, column = {"kernel": (1, 7), "padding": (0, 3)}, {"kernel": (7, 1), "padding": (3, 0)}
+        row: dict[str, Any] = {"kernel": (1, 7), "padding": (0, 3)}
+        column: dict[str, Any] = {"kernel": (7, 1), "padding": (3, 0)}
         self.branch1x1 = _Conv(768, 192, 1)
         self.branch7x7_1 = _Conv(768, inner, 1)
-        self.branch7x7_2 = _Conv(inner, inner, **row)  # type: ignore[arg-type]
-        self.branch7x7_3 = _Conv(inner, 192, **column)  # type: ignore[arg-type]
+        self.branch7x7_2 = _Conv(inner, inner, **row)
+        self.branch7x7_3 = _Conv(inner, 192, **column)
         self.branch7x7dbl_1 = _Conv(768, inner, 1)
-        self.branch7x7dbl_2 = _Conv(inner, inner, **column)  # type: ignore[arg-type]
-        self.branch7x7dbl_3 = _Conv(inner, inner, **row)  # type: ignore[arg-type]
-        self.branch7x7dbl_4 = _Conv(inner, inner, **column)  # type: ignore[arg-type]
-        self.branch7x7dbl_5 = _Conv(inner, 192, **row)  # type: ignore[arg-type]
+        self.branch7x7dbl_2 = _Conv(inner, inner, **column)
+        self.branch7x7dbl_3 = _Conv(inner, inner, **row)
+        self.branch7x7dbl_4 = _Conv(inner, inner, **column)
+        self.branch7x7dbl_5 = _Conv(inner, 192, **row)
         self.branch_pool = _Conv(768, 192, 1)
 
     def forward(self, x: Tensor) -> Tensor:

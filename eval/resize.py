@@ -78,4 +78,5 @@ def _tf1_axis(size: int, out: int, device: torch.device) -> tuple[Tensor, Tensor
     low = np.floor(place).astype(np.int64)
     high = np.minimum(low + 1, size - 1)
     frac = place - low.astype(np.float32)
-    return tuple(torch.from_numpy(x).to(device) for x in (low, high, frac.astype(np.float32)))  # type: ignore[return-value]
+    low, high, frac = (torch.from_numpy(x).to(device) for x in (low, high, frac.astype(np.float32)))
+    return low, high, frac

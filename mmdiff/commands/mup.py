@@ -142,9 +142,9 @@ def coordinates(
     from mmdiff.scale.coordinates import coord_check
     from mmdiff.scale.trials import trials
 
-    names = {"muP": "mup", "standard": "sp", "muP, one rate": "plain"}
+    names: dict[str, Any] = {"muP": "mup", "standard": "sp", "muP, one rate": "plain"}
     return {
-        name: coord_check(trials(base, variant, lr=lr), widths, steps=steps, seeds=seeds)  # type: ignore[arg-type]
+        name: coord_check(trials(base, variant, lr=lr), widths, steps=steps, seeds=seeds)
         for name, variant in names.items()
     }
 

@@ -10,11 +10,10 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from mmdiff.config import Field, config
 from mmdiff.errors import ConfigError
-from mmdiff.models.base import PretrainedModule
+from mmdiff.models.image_tokenizer import VectorTokenizer
 
 __all__ = ["AmusedVQ", "Config"]
 
@@ -55,7 +54,7 @@ class Config:
         return self.image_size // self.factor
 
 
-class AmusedVQ(PretrainedModule):
+class AmusedVQ(VectorTokenizer):
     """Image tokenizer: pixels to codes and back.
 
     Args:
@@ -87,62 +86,14 @@ class AmusedVQ(PretrainedModule):
         if generator is not None:
             self.init_(generator)
 
-    @property
-    def codebook(self) -> int:
-        """Number of codes."""
-        return self.config.codebook
-
-    @property
-    def grid(self) -> int:
-        """Tokens per side of the images it is used for."""
-        return self.config.grid
-
-    def forward(self, pixels: Float[Tensor, "B 3 H W"]) -> tuple[Float[Tensor, "B 3 H W"], Float[Tensor, "B C h w"]]:
-        """Reconstruction, and what was compared with the codes; gradients pass straight through the codes."""
-        z = self.features(pixels)
-        vectors = self._vectors(self.nearest(z))
-        return self._pixels(z + (vectors - z).detach()), z
-
-    def penalty(self, z: Float[Tensor, "B C h w"]) -> Float[Tensor, ""]:
-        """Codes move to the features, and a quarter as strongly the features to their codes (arXiv 1711.00937)."""
-        vectors = self._vectors(self.nearest(z))
-        return F.mse_loss(vectors, z.detach()) + 0.25 * F.mse_loss(z, vectors.detach())
-
-    def usage(self, z: Float[Tensor, "B C h w"]) -> Float[Tensor, ""]:
-        """Share of the codes that these features are nearest to."""
-        return self.nearest(z).unique().numel() / torch.tensor(float(self.codebook))
-
-    def features(self, pixels: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B C h w"]:
-        """What is compared with the codes, of images in [-1, 1]; the network itself takes [0, 1].
-
-        Raises:
-            ConfigError: The images are no multiple of the downsampling.
-        """
-        factor = self.config.factor
-        if pixels.shape[-2] % factor or pixels.shape[-1] % factor:
-            raise ConfigError(f"images are {tuple(pixels.shape[-2:])}; the tokenizer takes multiples of {factor}")
-        return self.net.quant_conv(self.net.encoder((pixels + 1) / 2))
-
     def nearest(self, z: Float[Tensor, "B C h w"]) -> Int[Tensor, "B h w"]:
         """The code of smallest distance at every place."""
         flat = z.permute(0, 2, 3, 1).flatten(0, 2)
         return torch.cdist(flat, self.net.quantize.embedding.weight).argmin(1).view(len(z), *z.shape[2:])
 
-    @torch.no_grad()
-    def encode(self, pixels: Float[Tensor, "B 3 H W"]) -> Int[Tensor, "B h w"]:
-        """Codes 0 .. K-1 of images in [-1, 1], int64, row-major."""
-        return self.nearest(self.features(pixels))
-
-    @torch.no_grad()
-    def decode(self, codes: Int[Tensor, "B h w"]) -> Float[Tensor, "B 3 H W"]:
-        """Images, about -1 .. 1, not clamped, of codes.
-
-        Raises:
-            ConfigError: A code lies outside the codebook.
-        """
-        if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < self.codebook:
-            raise ConfigError(f"codes {int(codes.min())} .. {int(codes.max())} outside 0 .. {self.codebook - 1}")
-        return self._pixels(self._vectors(codes))
+    def vectors(self, codes: Int[Tensor, "B h w"]) -> Float[Tensor, "B C h w"]:
+        """Vectors of codes."""
+        return self.net.quantize.embedding(codes).permute(0, 3, 1, 2)
 
     @torch.no_grad()
     def init_(self, generator: torch.Generator) -> AmusedVQ:
@@ -156,10 +107,11 @@ class AmusedVQ(PretrainedModule):
         nn.init.uniform_(self.net.quantize.embedding.weight, -1 / k, 1 / k, generator=generator)
         return self
 
-    def _vectors(self, codes: Tensor) -> Tensor:
-        return self.net.quantize.embedding(codes).permute(0, 3, 1, 2)
+    def _encoded(self, pixels: Tensor) -> Tensor:
+        # The network itself takes and gives [0, 1].
+        return self.net.quant_conv(self.net.encoder((pixels + 1) / 2))
 
-    def _pixels(self, vectors: Tensor) -> Tensor:
+    def _decoded(self, vectors: Tensor) -> Tensor:
         return 2 * self.net.decoder(self.net.post_quant_conv(vectors)) - 1
 
 

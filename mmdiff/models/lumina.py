@@ -5,20 +5,18 @@ Source: Lumina-DiMOO (arXiv 2510.06308) and the files that ship with its checkpo
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Literal
 
 from mmdiff.config import Field, config
-from mmdiff.errors import ConfigError
 from mmdiff.models.llada import Config as LanguageConfig
-from mmdiff.models.mmada import MMaDA
+from mmdiff.models.mmada import CodesInText, MMaDA
 from mmdiff.text.lumina import SpecialIds
 
 __all__ = ["Config", "Lumina"]
 
 
 @config
-class Config:
+class Config(CodesInText):
     """Shape and ids; the defaults are those of the published 8B checkpoint."""
 
     type: Literal["lumina"] = "lumina"
@@ -27,27 +25,10 @@ class Config:
     """The backbone."""
     code_offset: int = Field(126356, gt=0)
     """Id of image code 0."""
-    codebook: int = Field(8192, gt=1)
-    """K, number of image codes."""
     grid: int = Field(64, gt=0)
     """Image tokens per side of the pictures that are drawn."""
     special: SpecialIds = SpecialIds()
     """Ids that frame text and images."""
-
-    def __post_init__(self) -> None:
-        if self.code_offset + self.codebook > self.language.vocab_size:
-            raise ConfigError(
-                f"codes {self.code_offset} .. {self.code_offset + self.codebook - 1} do not fit into the vocabulary of "
-                f"{self.language.vocab_size}"
-            )
-
-    def with_width(self, width: int) -> Config:
-        """The same network at another width."""
-        return dataclasses.replace(self, language=self.language.with_width(width))
-
-    def with_depth(self, depth: int) -> Config:
-        """The same network with ``depth`` blocks."""
-        return dataclasses.replace(self, language=self.language.with_depth(depth))
 
 
 class Lumina(MMaDA):
@@ -58,7 +39,7 @@ class Lumina(MMaDA):
         generator: Draws the initial weights; None leaves PyTorch's allocation.
     """
 
-    config: Config  # type: ignore[assignment]
+    config: Config
 
     def _script(self) -> None:
         """No task builds its sequences."""

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from mmdiff.config import Field, config
 from mmdiff.errors import ConfigError
-from mmdiff.models.base import PretrainedModule
+from mmdiff.models.image_tokenizer import FeatureTokenizer
 from mmdiff.nn.autoencoder import Decoder, Encoder, init_convolutions
 
 __all__ = ["MAGVIT", "Config", "Side", "SignQuantizer"]
@@ -112,7 +112,7 @@ class SignQuantizer(nn.Module):
         return self.embedding[codes].permute(0, 3, 1, 2)
 
 
-class MAGVIT(PretrainedModule):
+class MAGVIT(FeatureTokenizer):
     """Image tokenizer: pixels to codes and back.
 
     Args:
@@ -133,20 +133,10 @@ class MAGVIT(PretrainedModule):
         if generator is not None:
             init_convolutions(self, generator)
 
-    @property
-    def codebook(self) -> int:
-        """Number of codes."""
-        return self.config.codebook
-
-    @property
-    def grid(self) -> int:
-        """Tokens per side of the images it is used for."""
-        return self.config.grid
-
     def forward(self, pixels: Float[Tensor, "B 3 H W"]) -> tuple[Float[Tensor, "B 3 H W"], Float[Tensor, "B C h w"]]:
         """Reconstruction, and the features whose signs are the codes; gradients pass straight through the signs."""
         z = self.features(pixels)
-        return self.decoder(self.post_quant_conv(self.quantize(z))), z
+        return self._decoded(self.quantize(z)), z
 
     def penalty(self, z: Float[Tensor, "B C h w"]) -> Float[Tensor, ""]:
         """What the tokenizer's training adds to the reconstruction: `commitment` and `entropy`."""
@@ -168,36 +158,18 @@ class MAGVIT(PretrainedModule):
         mean = log_p.exp().mean((0, 2, 3))
         return self.config.entropy * (own + (mean * mean.log()).sum(-1).mean())
 
-    def usage(self, z: Float[Tensor, "B C h w"]) -> Float[Tensor, ""]:
-        """Share of the codes that these features give."""
-        return self.quantize.codes(z).unique().numel() / torch.tensor(float(self.codebook))
+    def nearest(self, z: Float[Tensor, "B C h w"]) -> Int[Tensor, "B h w"]:
+        """The signs at every place as a number."""
+        return self.quantize.codes(z)
 
-    def features(self, pixels: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B C h w"]:
-        """What the signs are taken of.
+    def vectors(self, codes: Int[Tensor, "B h w"]) -> Float[Tensor, "B C h w"]:
+        """Signs of codes."""
+        return self.quantize.vectors(codes).to(self.post_quant_conv.weight.dtype)
 
-        Raises:
-            ConfigError: The images are no multiple of the downsampling.
-        """
-        factor = self.config.factor
-        if pixels.shape[-2] % factor or pixels.shape[-1] % factor:
-            raise ConfigError(f"images are {tuple(pixels.shape[-2:])}; the tokenizer takes multiples of {factor}")
+    def _encoded(self, pixels: Tensor) -> Tensor:
         return self.quant_conv(self.encoder(pixels))
 
-    @torch.no_grad()
-    def encode(self, pixels: Float[Tensor, "B 3 H W"]) -> Int[Tensor, "B h w"]:
-        """Codes 0 .. K-1 of images in [-1, 1], int64, row-major."""
-        return self.quantize.codes(self.features(pixels))
-
-    @torch.no_grad()
-    def decode(self, codes: Int[Tensor, "B h w"]) -> Float[Tensor, "B 3 H W"]:
-        """Images, about -1 .. 1, not clamped, of codes.
-
-        Raises:
-            ConfigError: A code lies outside the codebook.
-        """
-        if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < self.codebook:
-            raise ConfigError(f"codes {int(codes.min())} .. {int(codes.max())} outside 0 .. {self.codebook - 1}")
-        vectors = self.quantize.vectors(codes).to(self.post_quant_conv.weight.dtype)
+    def _decoded(self, vectors: Tensor) -> Tensor:
         return self.decoder(self.post_quant_conv(vectors))
 
 

@@ -9,7 +9,7 @@ Source: MMaDA (arXiv 2505.15809) and the files that ship with its checkpoints.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -23,27 +23,24 @@ from mmdiff.models.llada import Config as LanguageConfig
 from mmdiff.models.llada import LLaDA
 from mmdiff.text.mmada import Scripts, SpecialIds
 
-__all__ = ["Config", "MMaDA"]
+__all__ = ["CodesInText", "Config", "MMaDA"]
+
+
+C = TypeVar("C", bound="CodesInText")
 
 
 @config
-class Config:
-    """Shape and ids; the defaults are those of the published 8B checkpoints."""
+class CodesInText:
+    """A backbone whose vocabulary also holds image codes."""
 
-    type: Literal["mmada"] = "mmada"
-    """Family name."""
-    language: LanguageConfig = LanguageConfig(vocab_size=134656)
+    language: LanguageConfig
     """The backbone."""
-    code_offset: int = Field(126349, gt=0)
-    """Id of image code 0: the length of the text tokenizer, not the rows of the embedding."""
+    code_offset: int = Field(gt=0)
+    """Id of image code 0."""
     codebook: int = Field(8192, gt=1)
     """K, number of image codes."""
-    grid: int = Field(32, gt=0)
-    """Image tokens per side."""
-    text_length: int = Field(512, gt=1)
-    """Most tokens of a prompt for an image."""
-    special: SpecialIds = SpecialIds()
-    """Ids that frame text and images."""
+    grid: int = Field(gt=0)
+    """Image tokens per side of the pictures that are drawn."""
 
     def __post_init__(self) -> None:
         if self.code_offset + self.codebook > self.language.vocab_size:
@@ -52,26 +49,44 @@ class Config:
                 f"{self.language.vocab_size}"
             )
 
-    def with_width(self, width: int) -> Config:
+    def with_width(self: C, width: int) -> C:
         """The same network at another width."""
         return dataclasses.replace(self, language=self.language.with_width(width))
 
-    def with_depth(self, depth: int) -> Config:
+    def with_depth(self: C, depth: int) -> C:
         """The same network with ``depth`` blocks."""
         return dataclasses.replace(self, language=self.language.with_depth(depth))
+
+
+@config
+class Config(CodesInText):
+    """Shape and ids; the defaults are those of the published 8B checkpoints."""
+
+    type: Literal["mmada"] = "mmada"
+    """Family name."""
+    language: LanguageConfig = LanguageConfig(vocab_size=134656)
+    """The backbone."""
+    code_offset: int = Field(126349, gt=0)
+    """Id of image code 0: the length of the text tokenizer, not the rows of the embedding."""
+    grid: int = Field(32, gt=0)
+    """Image tokens per side."""
+    text_length: int = Field(512, gt=1)
+    """Most tokens of a prompt for an image."""
+    special: SpecialIds = SpecialIds()
+    """Ids that frame text and images."""
 
 
 class MMaDA(PretrainedModule):
     """The backbone, and which of its rows are text and which are image codes.
 
     Args:
-        config: Shape and ids: a `Config`, or one of another family with the same fields.
+        config: Shape and ids: a `Config`, or one of a family that draws in the same way.
         generator: Draws the initial weights; None leaves PyTorch's allocation.
     """
 
-    config: Config
+    config: Any
 
-    def __init__(self, config: Any, *, generator: torch.Generator | None = None) -> None:
+    def __init__(self, config: CodesInText, *, generator: torch.Generator | None = None) -> None:
         super().__init__()
         self.config = config
         self.language = LLaDA(config.language, generator=generator)

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from mmdiff.config import Field, config
 from mmdiff.errors import ConfigError
-from mmdiff.models.base import PretrainedModule
+from mmdiff.models.image_tokenizer import ImageTokenizer
 
 __all__ = ["VQ", "Config", "FiniteScalar"]
 
@@ -122,7 +122,7 @@ class Residual(nn.Module):
         return x + self.conv2(F.silu(self.norm2(h)))
 
 
-class VQ(PretrainedModule):
+class VQ(ImageTokenizer):
     """Image tokenizer: pixels to codes and back.
 
     Args:
@@ -140,16 +140,6 @@ class VQ(PretrainedModule):
         self.decoder = _decoder(config)
         if generator is not None:
             self.init_(generator)
-
-    @property
-    def codebook(self) -> int:
-        """Number of codes."""
-        return self.config.codebook
-
-    @property
-    def grid(self) -> int:
-        """Tokens per side."""
-        return self.config.grid
 
     def forward(self, pixels: Float[Tensor, "B 3 S S"]) -> tuple[Float[Tensor, "B 3 S S"], Int[Tensor, "B h w"]]:
         """Reconstruction and codes of images in [-1, 1].
@@ -178,8 +168,7 @@ class VQ(PretrainedModule):
             ConfigError: A code lies outside the codebook.
         """
         codes = self.quantizer.codes(codes) if codes.is_floating_point() else codes
-        if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < self.codebook:
-            raise ConfigError(f"codes {int(codes.min())} .. {int(codes.max())} outside 0 .. {self.codebook - 1}")
+        self.check_codes(codes)
         return self.decoder(self.quantizer.values(codes)).clamp(-1, 1)
 
     def _encode(self, pixels: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from mmdiff.config import Field, config
 from mmdiff.errors import ConfigError
-from mmdiff.models.base import PretrainedModule
+from mmdiff.models.image_tokenizer import VectorTokenizer
 from mmdiff.nn.autoencoder import Decoder, Encoder, init_convolutions
 
 __all__ = ["VQGAN", "Config"]
@@ -62,7 +62,7 @@ class Config:
         return self.image_size // self.factor
 
 
-class VQGAN(PretrainedModule):
+class VQGAN(VectorTokenizer):
     """Image tokenizer: pixels to codes and back.
 
     Args:
@@ -85,43 +85,6 @@ class VQGAN(PretrainedModule):
             init_convolutions(self, generator)
             nn.init.uniform_(self._table, -1 / c.codebook, 1 / c.codebook, generator=generator)
 
-    @property
-    def codebook(self) -> int:
-        """Number of codes."""
-        return self.config.codebook
-
-    @property
-    def grid(self) -> int:
-        """Tokens per side."""
-        return self.config.grid
-
-    def forward(self, pixels: Float[Tensor, "B 3 H W"]) -> tuple[Float[Tensor, "B 3 H W"], Float[Tensor, "B C h w"]]:
-        """Reconstruction, and what was compared with the codes; gradients pass straight through the codes."""
-        raw = self.features(pixels)
-        z = self._scaled(raw)
-        quantised = z + (self.vectors(self.nearest(raw)) - z).detach()
-        return self.decoder(self.post_quant_conv(quantised)), raw
-
-    def penalty(self, raw: Float[Tensor, "B C h w"]) -> Float[Tensor, ""]:
-        """Codes move to the features, and a quarter as strongly the features to their codes (arXiv 1711.00937)."""
-        z, codes = self._scaled(raw), self.vectors(self.nearest(raw))
-        return F.mse_loss(codes, z.detach()) + 0.25 * F.mse_loss(z, codes.detach())
-
-    def usage(self, raw: Float[Tensor, "B C h w"]) -> Float[Tensor, ""]:
-        """Share of the codes that these features are nearest to."""
-        return self.nearest(raw).unique().numel() / torch.tensor(float(self.codebook))
-
-    def features(self, pixels: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B C h w"]:
-        """What is compared with the codes.
-
-        Raises:
-            ConfigError: The images are no multiple of the downsampling.
-        """
-        factor = self.config.factor
-        if pixels.shape[-2] % factor or pixels.shape[-1] % factor:
-            raise ConfigError(f"images are {tuple(pixels.shape[-2:])}; the tokenizer takes multiples of {factor}")
-        return self.quant_conv(self.encoder(pixels))
-
     def nearest(self, z: Float[Tensor, "B C h w"]) -> Int[Tensor, "B h w"]:
         """The code of smallest distance at every place."""
         table = self.vector_table()
@@ -137,21 +100,11 @@ class VQGAN(PretrainedModule):
         """Vectors of codes."""
         return F.embedding(codes, self.vector_table()).permute(0, 3, 1, 2)
 
-    @torch.no_grad()
-    def encode(self, pixels: Float[Tensor, "B 3 H W"]) -> Int[Tensor, "B h w"]:
-        """Codes 0 .. K-1 of images in [-1, 1], int64, row-major."""
-        return self.nearest(self.features(pixels))
+    def _encoded(self, pixels: Tensor) -> Tensor:
+        return self.quant_conv(self.encoder(pixels))
 
-    @torch.no_grad()
-    def decode(self, codes: Int[Tensor, "B h w"]) -> Float[Tensor, "B 3 H W"]:
-        """Images, about -1 .. 1, not clamped, of codes.
-
-        Raises:
-            ConfigError: A code lies outside the codebook.
-        """
-        if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < self.codebook:
-            raise ConfigError(f"codes {int(codes.min())} .. {int(codes.max())} outside 0 .. {self.codebook - 1}")
-        return self.decoder(self.post_quant_conv(self.vectors(codes)))
+    def _decoded(self, vectors: Tensor) -> Tensor:
+        return self.decoder(self.post_quant_conv(vectors))
 
     @property
     def _table(self) -> Tensor:

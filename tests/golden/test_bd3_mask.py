@@ -10,13 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from mmdiff import rng
 from mmdiff.diffusion import block_diffusion, bounds, noise
 from mmdiff.nn import masks
-from tests.helpers.golden import root_of, rule, tree_of
+from tests.helpers.golden import rule
 
 NAME = "bd3_mask"
 
@@ -37,26 +36,6 @@ SCHEDULES = {
     "cosine": noise.uncentred_cosine(),
 }
 TOLERANCES = {"close": 2e-4, "weighted": 1e-3}
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "output" in metafunc.fixturenames:
-        metafunc.parametrize("output", sorted(load_file(root_of(metafunc.config, NAME) / "outputs.safetensors")))
-
-
-@pytest.fixture(scope="module")
-def tree(request: pytest.FixtureRequest) -> dict[str, Any]:
-    return tree_of(request.config, NAME)
-
-
-@pytest.fixture(scope="module")
-def inputs(request: pytest.FixtureRequest) -> dict[str, Tensor]:
-    return load_file(root_of(request.config, NAME) / "inputs.safetensors")
-
-
-@pytest.fixture(scope="module")
-def outputs(request: pytest.FixtureRequest) -> dict[str, Tensor]:
-    return load_file(root_of(request.config, NAME) / "outputs.safetensors")
 
 
 @pytest.fixture(scope="module")

@@ -10,12 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from mmdiff.batch import IGNORE
 from mmdiff.diffusion import certainty, flow, masking, objectives
-from tests.helpers.golden import root_of, rule, tree_of
+from tests.helpers.golden import rule
 
 NAME = "complementary_losses"
 
@@ -30,26 +29,6 @@ INPUTS = (
 TREE = {"batch", "length", "vocab", "mask_id", "eos_id", "fim_id", "eps", "mode_scale", "certainty"}
 CERTAINTY = {"length", "prompt_length", "block_size", "mask_ratio", "temperature", "weight_llada", "weight_dream"}
 TOLERANCE = 2e-4
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "output" in metafunc.fixturenames:
-        metafunc.parametrize("output", sorted(load_file(root_of(metafunc.config, NAME) / "outputs.safetensors")))
-
-
-@pytest.fixture(scope="module")
-def tree(request: pytest.FixtureRequest) -> dict[str, Any]:
-    return tree_of(request.config, NAME)
-
-
-@pytest.fixture(scope="module")
-def inputs(request: pytest.FixtureRequest) -> dict[str, Tensor]:
-    return load_file(root_of(request.config, NAME) / "inputs.safetensors")
-
-
-@pytest.fixture(scope="module")
-def outputs(request: pytest.FixtureRequest) -> dict[str, Tensor]:
-    return load_file(root_of(request.config, NAME) / "outputs.safetensors")
 
 
 @pytest.fixture(scope="module")

@@ -38,13 +38,6 @@ OPTIONS = {
 }  # fmt: skip
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "output" in metafunc.fixturenames:
-        metafunc.parametrize("output", sorted(load_file(root_of(metafunc.config, NAME) / "outputs.safetensors")))
-    if "case" in metafunc.fixturenames:
-        metafunc.parametrize("case", list(tree_of(metafunc.config, NAME)["cases"]))
-
-
 class Toy:
     """The toy network of the fixture's README, which sees the real slots of a row only and remembers its calls."""
 

@@ -10,13 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from mmdiff.batch import IGNORE
 from mmdiff.diffusion import bounds, masking, objectives
 from mmdiff.text.mmada import Row, Scripts, SpecialIds
-from tests.helpers.golden import root_of, rule, tree_of
+from tests.helpers.golden import rule
 
 NAME = "mmada_prompts"
 
@@ -36,26 +35,6 @@ TREE = {
     "lm_max_seq_len", "ignore_id", "loss",
 }  # fmt: skip
 TOLERANCES = {"close": 2e-4, "weighted": 1e-3}
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "output" in metafunc.fixturenames:
-        metafunc.parametrize("output", sorted(load_file(root_of(metafunc.config, NAME) / "outputs.safetensors")))
-
-
-@pytest.fixture(scope="module")
-def tree(request: pytest.FixtureRequest) -> dict[str, Any]:
-    return tree_of(request.config, NAME)
-
-
-@pytest.fixture(scope="module")
-def inputs(request: pytest.FixtureRequest) -> dict[str, Tensor]:
-    return load_file(root_of(request.config, NAME) / "inputs.safetensors")
-
-
-@pytest.fixture(scope="module")
-def outputs(request: pytest.FixtureRequest) -> dict[str, Tensor]:
-    return load_file(root_of(request.config, NAME) / "outputs.safetensors")
 
 
 @pytest.fixture(scope="module")

@@ -37,13 +37,6 @@ METHODS = {"linear": "uniform"}
 TOLERANCE = 2e-4
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "output" in metafunc.fixturenames:
-        metafunc.parametrize("output", sorted(load_file(root_of(metafunc.config, NAME) / "outputs.safetensors")))
-    if "case" in metafunc.fixturenames:
-        metafunc.parametrize("case", list(tree_of(metafunc.config, NAME)["cases"]))
-
-
 class Toy:
     """The toy network of the fixture's README as a backbone; it remembers what it was given."""
 

@@ -13,12 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from mmdiff.diffusion import bounds, masking, noise
 from mmdiff.diffusion.mask_schedules import Gamma
-from tests.helpers.golden import root_of, rule, tree_of
+from tests.helpers.golden import rule
 
 NAME = "radd_losses"
 
@@ -40,26 +39,6 @@ TREE = {
     "batch", "length", "vocab", "mask_id", "token_dim", "sampling_eps", "loglinear_eps", "geometric",
     "mdlm_discrete_T", "toy_length",
 }  # fmt: skip
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "output" in metafunc.fixturenames:
-        metafunc.parametrize("output", sorted(load_file(root_of(metafunc.config, NAME) / "outputs.safetensors")))
-
-
-@pytest.fixture(scope="module")
-def tree(request: pytest.FixtureRequest) -> dict[str, Any]:
-    return tree_of(request.config, NAME)
-
-
-@pytest.fixture(scope="module")
-def inputs(request: pytest.FixtureRequest) -> dict[str, Tensor]:
-    return load_file(root_of(request.config, NAME) / "inputs.safetensors")
-
-
-@pytest.fixture(scope="module")
-def outputs(request: pytest.FixtureRequest) -> dict[str, Tensor]:
-    return load_file(root_of(request.config, NAME) / "outputs.safetensors")
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -19,7 +18,7 @@ from mmdiff.diffusion import flow, objectives
 from mmdiff.nn import masks
 from mmdiff.nn.patches import patch, unpatch
 from mmdiff.nn.posemb import grid_rows
-from tests.helpers.golden import root_of, rule, tree_of
+from tests.helpers.golden import rule
 
 NAME = "unified_packing"
 
@@ -34,26 +33,6 @@ TREE = {
     "cases", "packed", "patch_size", "pos", "loss_reduction", "timestep_shift", "ce_weight", "mse_weight"
 }  # fmt: skip
 TOLERANCE = 2e-4
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "output" in metafunc.fixturenames:
-        metafunc.parametrize("output", sorted(load_file(root_of(metafunc.config, NAME) / "outputs.safetensors")))
-
-
-@pytest.fixture(scope="module")
-def tree(request: pytest.FixtureRequest) -> dict[str, Any]:
-    return tree_of(request.config, NAME)
-
-
-@pytest.fixture(scope="module")
-def inputs(request: pytest.FixtureRequest) -> dict[str, Tensor]:
-    return load_file(root_of(request.config, NAME) / "inputs.safetensors")
-
-
-@pytest.fixture(scope="module")
-def outputs(request: pytest.FixtureRequest) -> dict[str, Tensor]:
-    return load_file(root_of(request.config, NAME) / "outputs.safetensors")
 
 
 @pytest.fixture(scope="module")
