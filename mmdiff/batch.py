@@ -119,18 +119,14 @@ class PackedRows:
 
     Attributes:
         place: Int64 [R, P], slot of the batch counted over all its rows; -1 for padding.
-        segments: Int64 [R, P], number of the sample within its packed row; padding has a number of its own.
+        segments: Int64 [R, P], number of the sample within its packed row, for `mmdiff.nn.masks.document_mask`; padding
+            has a number of its own.
         positions: Int64 [R, P], places within the sample: they start again at every sample.
     """
 
     place: Int[Tensor, "R P"]
     segments: Int[Tensor, "R P"]
     positions: Int[Tensor, "R P"]
-
-    @property
-    def attend(self) -> Bool[Tensor, "R P P"]:
-        """True where a slot (first axis) may see another: in its own sample, padding in the padding."""
-        return self.segments[:, :, None] == self.segments[:, None, :]
 
     def gather(self, values: Tensor) -> Tensor:
         """[B, L, ...] as [R, P, ...]; padding repeats the first slot, which nobody sees."""

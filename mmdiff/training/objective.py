@@ -25,6 +25,7 @@ from mmdiff.batch import IGNORE, Batch, Packing, places
 from mmdiff.config import Field, config
 from mmdiff.diffusion import bounds, masking, noise, objectives
 from mmdiff.errors import ConfigError
+from mmdiff.nn.masks import document_mask
 from mmdiff.training.autoencoding import Autoencoding
 from mmdiff.training.block_diffusion import BlockDiffusion
 from mmdiff.training.certainty import CertaintyForcing
@@ -242,7 +243,7 @@ def _hidden(model: Any, ids: Tensor, embeds: Tensor, batch: Batch, packing: Pack
     packed = packing.layout(length, embeds.device)
     # Places on a grid are counted from the start of a row of the batch, wherever it lies in the packed row.
     positions = packed.positions if own is None or own.ndim == 2 else packed.gather(own)
-    hidden = model.hidden(embeds=packed.gather(embeds), attend=packed.attend, positions=positions)
+    hidden = model.hidden(embeds=packed.gather(embeds), attend=document_mask(packed.segments), positions=positions)
     return packed.scatter(hidden, len(embeds), length)
 
 

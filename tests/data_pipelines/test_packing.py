@@ -22,6 +22,7 @@ from mmdiff.batch import Batch, Layout
 from mmdiff.config import parse
 from mmdiff.errors import ConfigError
 from mmdiff.models import llada, llada_v, vision
+from mmdiff.nn.masks import document_mask
 from mmdiff.text import Tokenizer
 from mmdiff.training.microbatch import split
 from mmdiff.training.objective import Masked
@@ -115,7 +116,7 @@ def test_packed_rows_have_the_hidden_states_and_logits_of_their_samples(
     embeds = model.embed_slots(batch.ids, images(batch))
     plain = model.hidden(embeds=embeds, valid=batch.valid)
     rows = packing.layout(batch.ids.shape[1])
-    hidden = model.hidden(embeds=rows.gather(embeds), attend=rows.attend, positions=rows.positions)
+    hidden = model.hidden(embeds=rows.gather(embeds), attend=document_mask(rows.segments), positions=rows.positions)
     back = rows.scatter(hidden, *batch.ids.shape)
     assert torch.equal(back[~batch.valid], torch.zeros_like(back[~batch.valid]))
     torch.testing.assert_close(back[batch.valid], plain[batch.valid], rtol=1e-5, atol=1e-5)
