@@ -39,6 +39,7 @@ __all__ = [
     "TEXTS",
     "Picture",
     "build",
+    "encode_webp",
     "load_texts",
     "look_of",
     "on_white",

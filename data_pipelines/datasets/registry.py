@@ -47,13 +47,15 @@ DATASETS = {
         ),
         Dataset(
             name="emoji-styles",
-            summary="about 10,200 pictures: the emoji in three drawing styles (needs resvg-py)",
+            summary="about 12,700 pictures: the emoji in five drawing styles (needs resvg-py)",
             licence="MIT, Apache-2.0",
             sources=(
                 "npm pack @lobehub/fluent-emoji-3d@1.1.0",
                 "npm pack emojibase-data@17.0.0",
                 "npm pack @iconify-json/fluent-emoji-flat@1.2.6",
                 "npm pack @iconify-json/noto@1.2.9",
+                "npm pack @iconify-json/noto-v1@1.2.5",
+                "npm pack @iconify-json/fxemoji@1.2.2",
             ),
             module="emoji_styles",
         ),

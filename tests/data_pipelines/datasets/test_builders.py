@@ -81,14 +81,23 @@ def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     icons = {f"icon-{n}": {"body": body.format(x=8 + n % 9, c=0x1020F0 + n * 512)} for n in range(40)}
     icons["icon-39"] = {"body": '<image href="file:///etc/passwd"/>'}
     codes = {f"{n:04x}": f"icon-{n}" for n in range(40)} | {"dddd": "icon-0", "0030": "missing"}
-    for name in ("iconify-json-fluent-emoji-flat-1.2.6", "iconify-json-noto-1.2.9"):
-        files = {"package/chars.json": codes, "package/icons.json": {"icons": icons, "width": 32, "height": 32}}
+    larger = {name: {"body": icon["body"].replace('r="9"', 'r="14"')} for name, icon in icons.items()}
+    for name, drawn in (("iconify-json-fluent-emoji-flat-1.2.6", icons), ("iconify-json-noto-1.2.9", larger)):
+        files = {"package/chars.json": codes, "package/icons.json": {"icons": drawn, "width": 32, "height": 32}}
         tarball(folder / f"{name}.tgz", {key: json.dumps(value).encode() for key, value in files.items()})
-    for module, names in ((emoji, ("FLUENT", "TEXTS")), (emoji_styles, ("FLUENT", "TEXTS", "FLAT", "NOTO"))):
-        for name in names:
+    # As in the real packages, two sets know no code points: one spells names with dashes, one without.
+    for name, dash, side in (("iconify-json-noto-v1-1.2.5", "-", 9), ("iconify-json-fxemoji-1.2.2", "", 16)):
+        square = f'<rect x="4" y="{{y}}" width="20" height="{side}" fill="#{{c:06x}}"/>'
+        named = {f"thing{dash}{n}": {"body": square.format(y=4 + n % 9, c=0x20F010 + n)} for n in range(20)}
+        named[f"nobody{dash}knows"] = {"body": square.format(y=1, c=0)}
+        named[f"thing{dash}7"] = icons["icon-7"]  # drawn alike in several styles
+        files = {"package/chars.json": {}, "package/icons.json": {"icons": named, "width": 32, "height": 32}}
+        tarball(folder / f"{name}.tgz", {key: json.dumps(value).encode() for key, value in files.items()})
+    for module in (emoji, emoji_styles):
+        for name in ("FLUENT", "TEXTS"):
             monkeypatch.setattr(module, name, replace(getattr(module, name), sha256=None))
-    icon_sets = {"flat": emoji_styles.FLAT, "noto": emoji_styles.NOTO}
-    monkeypatch.setattr(emoji_styles, "_ICON_SETS", icon_sets)
+    for style, package in emoji_styles.ICON_SETS.items():
+        monkeypatch.setitem(emoji_styles.ICON_SETS, style, replace(package, sha256=None))
     return folder
 
 
@@ -101,7 +110,7 @@ def samples(folder: Path) -> dict[str, dict[str, bytes]]:
     for shard in sorted(folder.rglob("*.tar")):
         with tarfile.open(shard) as archive:
             for member in archive:
-                key, _, suffix = member.name.rpartition(".")
+                key, _, suffix = member.name.partition(".")
                 result.setdefault(key, {})[suffix] = archive.extractfile(member).read()  # type: ignore[union-attr]
     return result
 
@@ -145,25 +154,57 @@ def test_the_size_changes_the_pictures_and_never_the_answers(packages: Path, tmp
     assert ["What type is it?", "bird", "subgroup"] in thing["qa"]
 
 
-def test_styles_hold_out_known_concepts_in_unseen_styles(packages: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def styles(packages: Path, tmp_path: Path) -> dict[str, dict[str, dict[str, bytes]]]:
+    """Samples of the built styles by split."""
     pytest.importorskip("resvg_py")
     report = build("emoji-styles", tmp_path / "out", source=packages, progress=False)
     assert report.skipped["flat: drawing too large or with foreign parts"] == 1
     assert report.skipped["noto: without text"] == 1
-    splits = {
-        split: {(json.loads(parts["json"])["concept"], json.loads(parts["json"])["style"]) for parts in found.values()}
-        for split in ("train", "novel_concepts", "novel_combinations")
-        if (found := samples(tmp_path / "out" / split))
-    }
-    trained = {concept for concept, _ in splits["train"]}
-    assert not splits["train"] & splits["novel_combinations"]
-    assert {concept for concept, _ in splits["novel_combinations"]} <= trained
-    assert not {concept for concept, _ in splits["novel_concepts"]} & trained
-    assert {style for _, style in splits["train"]} == {"3d", "flat", "noto"}
-    sample = json.loads(samples(tmp_path / "out")["0005-flat"]["json"])
+    assert report.skipped["blob: without text"] == report.skipped["firefox: without text"] == 1
+    assert report.skipped["blob: the same picture as in another style"] == 1
+    return {split: samples(tmp_path / "out" / split) for split in ("train", "novel_concepts", "novel_combinations")}
+
+
+def info(sample: dict[str, bytes]) -> dict:
+    return json.loads(sample["json"])
+
+
+def test_styles_hold_out_known_concepts_in_unseen_styles(styles) -> None:
+    found = {split: {(info(s)["concept"], info(s)["style"]) for s in parts.values()} for split, parts in styles.items()}
+    trained = {concept for concept, _ in found["train"]}
+    assert found["novel_combinations"]
+    assert found["novel_concepts"]
+    assert not found["train"] & found["novel_combinations"]
+    assert {concept for concept, _ in found["novel_combinations"]} <= trained
+    assert not {concept for concept, _ in found["novel_concepts"]} & trained
+    assert {style for _, style in found["train"]} == {"3d", "flat", "noto", "blob", "firefox"}
+
+
+def test_a_style_is_told_in_caption_question_and_instruction(styles) -> None:
+    everything = {key: sample for parts in styles.values() for key, sample in parts.items()}
+    sample = info(everything["0005-flat"])
     assert sample["caption"] == "thing 5, flat style"
     assert sample["color"] == "blue"
     assert ["What style is it?", "flat", "style"] in sample["qa"]
+    assert sample["instruction"] == "the same in flat style"
+    assert info(everything["0005-firefox"])["concept"] == "thing 5"  # found by its name
+    assert "0007-flat" in everything
+    assert "0007-blob" not in everything  # looks as in flat style
+
+
+def test_training_never_shows_what_is_held_out_as_the_picture_to_be_changed(styles) -> None:
+    by_picture = {(info(s)["concept"], s["webp"]): split for split, parts in styles.items() for s in parts.values()}
+    asked = 0
+    for split, parts in styles.items():
+        for sample in parts.values():
+            sources = [data for suffix, data in sample.items() if suffix.startswith("image")]
+            asked += len(sources)
+            assert sample["webp"] not in sources
+            for source in sources:
+                shown = by_picture[info(sample)["concept"], source]
+                assert shown == ("novel_concepts" if split == "novel_concepts" else "train")
+    assert asked > len(styles["train"])
 
 
 def test_a_missing_rasteriser_names_the_install_command(packages: Path, tmp_path: Path, monkeypatch) -> None:
