@@ -16,6 +16,7 @@ from mmdiff.config import Field, config
 from mmdiff.errors import ConfigError, SampleError, ShardError
 from mmdiff.text import Tokenizer
 
+from .contents import answers_of
 from .fetch import MAX_CONSECUTIVE, Chunk, Fetched, Fetcher, Ruler, Skip
 from .index import ShardIndex
 from .packing import TokenBudget
@@ -26,7 +27,7 @@ from .reader import ShardReader
 from .source import expand, open_shards
 from .streams import StreamFetcher, StreamOrder, check_options
 from .task_config import TaskConfig
-from .tasks import Task, build_task, questions
+from .tasks import Task, build_task
 from .transforms import PixelCache
 
 __all__ = ["DataConfig", "Fetched", "Loader", "Skip", "SourceConfig", "open_loader"]
@@ -47,7 +48,8 @@ class SourceConfig:
     """Multiplies the weights of this source's tasks."""
     balance: Literal["none", "concept", "answer"] = "none"
     """What an epoch draws. none: every sample; concept: one sample of each JSON field concept; answer: one sample of
-    each answer to the questions of the source's vqa tasks, and none without such a question."""
+    each answer to the questions of the source's vqa tasks and of each instruction of its edit tasks, and none without
+    either."""
 
 
 @config
@@ -375,10 +377,10 @@ def _budget(options: DataConfig) -> TokenBudget | None:
 
 
 def _answers(source: SourceConfig, shards: Sequence[ShardIndex]) -> list[set[str]]:
-    """Kind and answer of every question that a source's vqa tasks may ask, per sample; reads each JSON once."""
-    tasks = [task for task in source.tasks if task.type == "vqa"]
+    """Kind and answer of every question that a source's tasks may ask, per sample; reads each JSON once."""
+    tasks = [task for task in source.tasks if task.type in ("vqa", "edit")]
     if not tasks:
-        raise ConfigError("data.sources: balance 'answer' needs a vqa task in the same source")
+        raise ConfigError("data.sources: balance 'answer' needs a vqa or edit task in the same source")
     reader = ShardReader(shards, ("json",))
     found: list[set[str]] = []
     for shard, index in enumerate(shards):
@@ -387,8 +389,7 @@ def _answers(source: SourceConfig, shards: Sequence[ShardIndex]) -> list[set[str
             for task in tasks:
                 # A sample that cannot be read, or has no such question, is in no group and never drawn.
                 with contextlib.suppress(SampleError):
-                    entries = questions(reader.read(shard, number), task.kinds)
-                    labels |= {f"{kind}: {answer}" for _, answer, kind in entries}
+                    labels |= answers_of(reader.read(shard, number), task)
             found.append(labels)
     reader.close()
     return found

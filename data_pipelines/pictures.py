@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,16 +67,16 @@ class Pictures:
         """
         return self._pixels(sample, generator)
 
-    def __call__(self, sample: Sample, generator: torch.Generator, count: int = 1) -> Picture:
-        """The first ``count`` images as the model reads them.
+    def __call__(self, sample: Sample, generator: torch.Generator, numbers: Sequence[int] = (0,)) -> Picture:
+        """Images of the given numbers, counted from 0, as the model reads them.
 
         Raises:
             SampleError: Fewer images, or one that cannot be decoded.
         """
-        images = images_of(sample, count)
+        images = images_of(sample, numbers)
         if self.tiling is None:
-            squares = [self._pixels(sample, generator, number) for number in range(count)]
-            return Picture((self.layout.features,) * count, {"pixels": torch.cat(squares)})
+            squares = [self._pixels(sample, generator, number) for number in numbers]
+            return Picture((self.layout.features,) * len(numbers), {"pixels": torch.cat(squares)})
         try:
             crops = cut([decode(data) for data in images], self.layout.image_size, self.tiling)
         except SampleError as error:
@@ -106,25 +107,25 @@ class PictureSizes:
     def square(self, sample: Sample, generator: torch.Generator) -> None:
         """Nothing; a square has no length."""
 
-    def __call__(self, sample: Sample, generator: torch.Generator, count: int = 1) -> Picture:
-        """Slots of the first ``count`` images; errors as in `Pictures`, as far as headers tell."""
+    def __call__(self, sample: Sample, generator: torch.Generator, numbers: Sequence[int] = (0,)) -> Picture:
+        """Slots of the same images; errors as in `Pictures`, as far as headers tell."""
         if self._tiling is None:
-            return Picture((self._layout.features,) * count, {})
-        sizes = [_upright_size(sample, data) for data in images_of(sample, count)]
+            return Picture((self._layout.features,) * len(numbers), {})
+        sizes = [_upright_size(sample, data) for data in images_of(sample, numbers)]
         grid = math.isqrt(self._layout.features)
         return Picture(tuple(v.tokens(grid) for v in views_of(sizes, self._layout.image_size, self._tiling)), {})
 
 
-def images_of(sample: Sample, count: int) -> list[bytes]:
-    """Bytes of the first ``count`` images.
+def images_of(sample: Sample, numbers: Sequence[int]) -> list[bytes]:
+    """Bytes of the images of these numbers.
 
     Raises:
         SampleError: Reason ``"missing_image"``: there are fewer.
     """
-    images = [sample.image()] if count == 1 else sample.images()
-    if len(images) < count:
-        raise SampleError("missing_image", f"{sample}: {count} images are asked for, it holds {len(images)}")
-    return images[:count]
+    images = [sample.image()] if max(numbers) == 0 else sample.images()
+    if len(images) <= max(numbers):
+        raise SampleError("missing_image", f"{sample}: {max(numbers) + 1} images are asked for, it holds {len(images)}")
+    return [images[number] for number in numbers]
 
 
 def _upright_size(sample: Sample, data: bytes) -> tuple[int, int]:

@@ -12,6 +12,7 @@ __all__ = [
     "CaptionConfig",
     "ChatConfig",
     "ClassToImageConfig",
+    "EditConfig",
     "ImageConfig",
     "LatentConfig",
     "PairConfig",
@@ -193,6 +194,28 @@ class ClassToImageConfig:
 
 
 @config
+class EditConfig:
+    """Picture and instruction, codes of the changed picture as the answer; needs ``codes.npy`` (``mmdiff data cache``).
+
+    The sample's first image, whose codes are cached, is what comes out; its others (``image2`` and on) are what it can
+    be made from, of which one is drawn each time.
+    """
+
+    type: Literal["edit"] = "edit"
+    """Tag."""
+    weight: _Weight = 1
+    """Share of the source's turns, as an integer."""
+    field: str = "instruction"
+    """JSON field with the instruction, or with a list of which one is drawn."""
+    fit: Fit = "square"
+    """How a rectangle becomes a square."""
+    augment: AugmentConfig | None = None
+    """Random changes of the picture that is shown."""
+    max_length: _Length = 4096
+    """Longer sequences are skipped and counted."""
+
+
+@config
 class TextConfig:
     """Plain text, every id of it to be learnt: for language models."""
 
@@ -252,6 +275,7 @@ TaskConfig = Annotated[
     | ChatConfig
     | TextToImageConfig
     | ClassToImageConfig
+    | EditConfig
     | TextConfig
     | LatentConfig
     | PromptedConfig,

@@ -3,8 +3,7 @@
 This is the second of the two places where a sample may be refused, always with a `SampleError` and a reason.
 A new task is a configuration in ``task_config`` and a class in `_TASKS`; nothing else changes.
 
-A sample's JSON may hold ``caption`` (text), ``captions`` (list of texts), ``concept`` (text) and ``qa`` (list of
-[question, answer, kind]); a plain ``.txt`` member serves as the caption where there is no JSON.
+What a sample's JSON may hold is told in ``contents``.
 """
 
 from __future__ import annotations
@@ -13,25 +12,24 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from mmdiff import rng
-from mmdiff.batch import IGNORE, Example, Layout
+from mmdiff.batch import IGNORE, IMAGE, Example, Layout
 from mmdiff.errors import ConfigError, SampleError
 from mmdiff.text import Tokenizer, from_llava
 
 from .code_tasks import BehindCodes, DrawnCodes, PicturelessTokenizer
+from .contents import caption_of, codes_of, instructions, questions, texts
 from .conversations import read_conversation
-from .latents import LatentTask, PromptedTask, read_array
+from .latents import LatentTask, PromptedTask
 from .pictures import Picture, Pictures
 from .reader import Sample
 from .transforms import PixelCache
 
-__all__ = ["Task", "build_task", "questions"]
+__all__ = ["Task", "build_task"]
 
 Task = Callable[[Sample, torch.Generator], Example]
-_MAX_CODES_BYTES = 1 << 20
 
 
 def build_task(options: Any, tokenizer: Tokenizer | None, layout: Layout, cache: PixelCache | None = None) -> Task:
@@ -50,7 +48,7 @@ def build_task(options: Any, tokenizer: Tokenizer | None, layout: Layout, cache:
     if kind == "latent":
         return LatentTask(options, layout)
     if kind == "prompted":
-        return PromptedTask(options, layout, _caption, Pictures(options, layout, cache).square)
+        return PromptedTask(options, layout, caption_of, Pictures(options, layout, cache).square)
     if tokenizer is None and kind != "image":
         raise ConfigError(f"task {kind!r}: needs a tokenizer; set tokenizer: in the configuration")
     if tokenizer is not None and kind not in ("image", "pair") and tokenizer.vocab_size > layout.vocab_size:
@@ -60,9 +58,9 @@ def build_task(options: Any, tokenizer: Tokenizer | None, layout: Layout, cache:
         )
     if layout.reads_codes and kind != "text":
         return _as_codes(options, tokenizer, layout)
-    if kind in ("caption", "vqa") and not layout.features:
+    if kind in ("caption", "vqa", "edit") and not layout.features:
         raise ConfigError(f"task {kind!r}: this model does not see images; use a model with a vision tower")
-    if kind in ("text_to_image", "class_to_image") and not layout.codes:
+    if kind in ("text_to_image", "class_to_image", "edit") and not layout.codes:
         raise ConfigError(f"task {kind!r}: this model draws no image codes; use a model of family unified")
     return _TASKS[kind](options, tokenizer, layout, cache)
 
@@ -75,9 +73,9 @@ def _as_codes(options: Any, tokenizer: Any, layout: Layout) -> Task:
     if kind in ("caption", "vqa"):
         task = _TASKS[kind](options, PicturelessTokenizer(tokenizer), layout, None)
         task.picture = _no_picture
-        return BehindCodes(task, layout, _codes)
+        return BehindCodes(task, layout, codes_of)
     made = _TASKS[kind](options, tokenizer, layout, None)
-    return DrawnCodes(options, tokenizer, layout, _codes, made.said)
+    return DrawnCodes(options, tokenizer, layout, codes_of, made.said)
 
 
 def _no_picture(sample: Sample, generator: torch.Generator) -> Picture:
@@ -113,6 +111,7 @@ class _Task:
             weights[start:end] = weight
         drop = torch.zeros(len(row), dtype=torch.bool)
         drop[slice(*droppable)] = True
+        drop &= row != IMAGE  # guidance drops what is said, a picture stays in sight
         return Example(
             key=sample.key,
             task=self.options.type,
@@ -184,19 +183,19 @@ class _Image(_Task):
 
 class _Pair(_Task):
     def __call__(self, sample: Sample, generator: torch.Generator) -> Example:
-        text = _caption(sample, self.options, generator)
+        text = caption_of(sample, self.options, generator)
         ids = self.tokenizer.encode(text)[: self.options.max_length]
         return self.example(sample, ids, {}, pixels=self.picture.square(sample, generator))
 
 
 class _Caption(_Task):
     def __call__(self, sample: Sample, generator: torch.Generator) -> Example:
-        answer = _caption(sample, self.options, generator)
+        answer = caption_of(sample, self.options, generator)
         picture = self.picture(sample, generator)
         if self.options.template == "plain":
             plain = self.tokenizer.plain(answer, sum(picture.slots))
             return self.example(sample, plain.ids, dict.fromkeys(plain.spans, 1.0), **picture.given)
-        messages = _ask_about_image(self.options.prompt)
+        messages = _about_image(self.options.prompt)
         chat = self.tokenizer.chat(messages, picture.slots, answer, system=self.layout.system)
         span = (chat.answer_start, len(chat.ids))
         return self.answered(sample, chat.ids, [span], **picture.given)
@@ -234,7 +233,7 @@ class _Chat(_Task):
         images = sum(part["type"] == "image" for m in messages for part in m["content"])
         if images and not self.layout.features:
             raise ConfigError("task 'chat': the data holds images, but this model does not see any")
-        picture = self.picture(sample, generator, images) if images else Picture((), {})
+        picture = self.picture(sample, generator, range(images)) if images else Picture((), {})
         if self.options.labels == "published":
             return self.published(sample, picture)
         if self.options.system:
@@ -256,18 +255,18 @@ class _Chat(_Task):
 
 class _TextToImage(_Task):
     def __call__(self, sample: Sample, generator: torch.Generator) -> Example:
-        return self.draw(sample, self.said(sample, generator))
+        return self.draw(sample, [_said("user", self.said(sample, generator))])
 
     def said(self, sample: Sample, generator: torch.Generator) -> str:
         """What is to be drawn."""
-        return _caption(sample, self.options, generator)
+        return caption_of(sample, self.options, generator)
 
-    def draw(self, sample: Sample, text: str) -> Example:
-        """A prompt and the codes of its image."""
-        codes = _codes(sample, self.layout)
-        prompt = self.tokenizer.chat([{"role": "user", "content": text}])
+    def draw(self, sample: Sample, messages: Sequence[Mapping[str, Any]], shown: Picture | None = None) -> Example:
+        """A prompt, about a picture or not, and the codes of its image."""
+        codes, (slots, given) = codes_of(sample, self.layout), ((), {}) if shown is None else (shown.slots, shown.given)
+        prompt = self.tokenizer.chat(messages, slots)
         ids = prompt.ids + (codes + self.layout.code_offset).tolist()
-        return self.example(sample, ids, {(len(prompt.ids), len(ids)): 1.0}, droppable=prompt.user_span)
+        return self.example(sample, ids, {(len(prompt.ids), len(ids)): 1.0}, droppable=prompt.user_span, **given)
 
 
 class _ClassToImage(_TextToImage):
@@ -279,19 +278,29 @@ class _ClassToImage(_TextToImage):
                 return self.options.classes[int(number[:9])]
             raise SampleError("bad_class", f"{sample}: class {number[:20]!r} is not below {len(self.options.classes)}")
         info = sample.info()
-        names = _texts(info.get(self.options.field)) or _texts(info.get("caption")) or _texts(sample.text())
+        names = texts(info.get(self.options.field)) or texts(info.get("caption")) or texts(sample.text())
         if not names:
             raise SampleError("missing_class", f"{sample}: no field {self.options.field!r}, caption or text")
         return names[0]
 
 
+class _Edit(_TextToImage):
+    def __call__(self, sample: Sample, generator: torch.Generator) -> Example:
+        instruction = _pick(instructions(sample, self.options.field), generator)
+        sources = range(1, len(sample.images()))
+        if not sources:
+            raise SampleError("missing_image", f"{sample}: no image2 that the picture could be made from")
+        picture = self.picture(sample, generator, (_pick(sources, generator),))
+        return self.draw(sample, _about_image(instruction), picture)
+
+
 class _Text(_Task):
     def __call__(self, sample: Sample, generator: torch.Generator) -> Example:
         info = sample.info()
-        texts = [t for f in self.options.fields for t in _texts(info.get(f))] or _texts(sample.text())
-        if not texts:
+        found = [t for f in self.options.fields for t in texts(info.get(f))] or texts(sample.text())
+        if not found:
             raise SampleError("missing_text", f"{sample}: no text in {', '.join(self.options.fields)} or .txt")
-        ids = [*self.tokenizer.encode(texts[0]), self.tokenizer.eos_id]
+        ids = [*self.tokenizer.encode(found[0]), self.tokenizer.eos_id]
         spare = len(ids) - self.options.max_length
         if spare > 0:
             start = int(rng.uniform(generator, (1,)).item() * (spare + 1))
@@ -307,6 +316,7 @@ _TASKS: dict[str, type[Any]] = {
     "chat": _Chat,
     "text_to_image": _TextToImage,
     "class_to_image": _ClassToImage,
+    "edit": _Edit,
     "text": _Text,
 }
 
@@ -315,66 +325,9 @@ def _said(role: str, text: str) -> dict[str, Any]:
     return {"role": role, "content": [{"type": "text", "text": text}]}
 
 
-def _ask_about_image(question: str) -> list[dict[str, Any]]:
-    return [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
-
-
-def _caption(sample: Sample, options: Any, generator: torch.Generator) -> str:
-    """The main text with probability ``options.main``, else one of the others."""
-    info = sample.info()
-    main, *others = options.fields or ("caption",)
-    first = _texts(info.get(main)) or _texts(sample.text())
-    rest = [t for field in others for t in _texts(info.get(field))]
-    u, v = rng.uniform(generator, (2,)).tolist()
-    chosen = first if first and (u < options.main or not rest) else rest
-    if not chosen:
-        raise SampleError("missing_caption", f"{sample}: no text in {', '.join(options.fields)} or .txt")
-    return chosen[int(v * len(chosen))]
-
-
-def questions(sample: Sample, kinds: Sequence[str]) -> list[tuple[str, str, str]]:
-    """The (question, answer, kind) entries of a sample's JSON, of some kinds only unless ``kinds`` is empty.
-
-    Raises:
-        SampleError: Reason ``"bad_qa"`` or ``"missing_qa"``.
-    """
-    found = sample.info().get("qa")
-    entries = []
-    for entry in found if isinstance(found, list) else []:
-        if not (isinstance(entry, list) and len(entry) >= 2 and all(isinstance(e, str) and e.strip() for e in entry)):
-            raise SampleError("bad_qa", f"{sample}: qa holds {entry!r:.80}, expected [question, answer, kind]")
-        kind = entry[2] if len(entry) > 2 else ""
-        if not kinds or kind in kinds:
-            entries.append((entry[0], entry[1], kind))
-    if not entries:
-        wanted = f" of the kinds {', '.join(kinds)}" if kinds else ""
-        raise SampleError("missing_qa", f"{sample}: no questions{wanted} in its JSON")
-    return entries
-
-
-def _texts(value: Any) -> list[str]:
-    values = value if isinstance(value, list) else [value]
-    return [v.strip() for v in values if isinstance(v, str) and v.strip()]
+def _about_image(text: str) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
 
 
 def _pick(items: Sequence[Any], generator: torch.Generator) -> Any:
     return items[int(rng.uniform(generator, (1,)).item() * len(items))]
-
-
-def _codes(sample: Sample, layout: Layout) -> np.ndarray:
-    """Codes of the image in row-major order, checked."""
-    data = sample.members.get("codes.npy")
-    if data is None:
-        raise SampleError("missing_codes", f"{sample}: no member codes.npy; run mmdiff data cache on these shards")
-    codes = read_array(data, _MAX_CODES_BYTES)
-    if codes is None or codes.dtype.kind not in "iu":
-        raise SampleError("bad_codes", f"{sample}: codes.npy is not an array of integers")
-    if codes.size != layout.codes:
-        raise SampleError(
-            "bad_codes",
-            f"{sample}: codes.npy holds {codes.size:,} codes, the model draws {layout.codes:,} per image; run "
-            "mmdiff data cache with this model's image tokenizer",
-        )
-    if codes.min() < 0 or codes.max() >= layout.codebook:
-        raise SampleError("bad_codes", f"{sample}: codes {codes.min()} to {codes.max()}, codebook {layout.codebook:,}")
-    return codes.astype(np.int64).reshape(-1)

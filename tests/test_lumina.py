@@ -34,7 +34,7 @@ def model(folder):
 
 
 def test_a_published_folder_can_do_everything(model):
-    assert model.capabilities == {"ask", "caption", "chat", "generate_text", "infill", "text_image"}
+    assert model.capabilities == {"ask", "caption", "chat", "edit", "generate_text", "infill", "text_image"}
 
 
 def test_the_published_configuration_is_told_by_its_rows():

@@ -41,7 +41,7 @@ from .emoji import (
 from .emojibase import Entry, normal_hexcode
 from .fetch import Package, obtain
 from .licences import APACHE_NOTE, MIT_TEXT
-from .report import BuildReport, write_description
+from .report import BuildReport, compact_json, write_description
 from .splits import COMBINATIONS, CONCEPTS, HELD_OUT, SALT, TRAIN, assign, unit_hash
 
 __all__ = ["ICON_SETS", "STYLES", "build"]
@@ -144,7 +144,6 @@ def _named(key: str, picture: Picture) -> dict[str, Any]:
     content["captions"] = [f"{picture.entry.caption}, {style} style", *content["captions"]]
     content["caption"] = content["captions"][0]
     content["qa"] = [["What style is it?", style, "style"]]
-    content["instruction"] = f"the same in {style} style"
     return content
 
 
@@ -203,10 +202,15 @@ class _Sources:
     def beside(self, made: Iterable[tuple[str, dict[str, bytes]]]) -> Iterator[tuple[str, dict[str, bytes]]]:
         """Samples with their sources; training never shows a picture that is held out."""
         for key, members in made:
-            wanted = CONCEPTS if self.splits[key] == CONCEPTS else TRAIN
-            others = [k for k in self._styles[_emoji(key)] if k != key and self.splits[k] == wanted]
-            chosen = sorted(others, key=lambda other: unit_hash("source", key, other))[:_MOST_SOURCES]
-            yield key, members | {f"image{n}.webp": self._encoded(other) for n, other in enumerate(chosen, 2)}
+            chosen = self._chosen(key)
+            images = {f"image{n}.webp": self._encoded(other) for n, other in enumerate(chosen, 2)}
+            told = {"instruction": f"the same in {_style(key)} style"} if chosen else {}
+            yield key, members | images | {"json": compact_json(json.loads(members["json"]) | told)}
+
+    def _chosen(self, key: str) -> list[str]:
+        wanted = CONCEPTS if self.splits[key] == CONCEPTS else TRAIN
+        others = [k for k in self._styles[_emoji(key)] if k != key and self.splits[k] == wanted]
+        return sorted(others, key=lambda other: unit_hash("source", key, other))[:_MOST_SOURCES]
 
 
 def _read_style(

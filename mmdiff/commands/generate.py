@@ -41,6 +41,9 @@ def generate(
         ),
     ],
     out: Annotated[Path | None, typer.Option(help="Draw pictures into this folder (or this .png for one).")] = None,
+    image: Annotated[
+        str | None, typer.Option(help="Picture that the prompts are instructions about, each drawn with it in sight.")
+    ] = None,
     preset: Preset = None,
     gen_length: GenLength = None,
     steps: Steps = None,
@@ -55,7 +58,10 @@ def generate(
     device_map: DeviceMap = None,
     as_json: Json = False,
 ) -> None:
-    """Continue texts; with --out draw a picture for each prompt instead (seeds count up from --seed)."""
+    """Continue texts; with --out draw a picture for each prompt instead (seeds count up from --seed).
+
+    With --image as well, change that picture as each prompt says, with a model that has learnt to.
+    """
     from mmdiff.pipelines import load
 
     model, prompts = model_first(words, 1)
@@ -69,8 +75,10 @@ def generate(
         if gen_length is not None:
             raise ConfigError("--gen-length is for text; drop it, or drop --out")
         maker = pipeline.images
-        made = _draw(maker, prompts, out, seed, options)
+        made = _draw(maker, prompts, out, seed, options, image)
     else:
+        if image is not None:
+            raise ConfigError("--image is for pictures that are drawn: give --out too; to ask about it: mmdiff ask")
         maker = pipeline.text
         made = maker.generate(prompts, **said(gen_length=gen_length), seeds=seed, **options)
     typer.echo(summary(maker.trace, len(made), time.perf_counter() - start), err=True)
@@ -83,13 +91,17 @@ def generate(
         typer.echo(result)
 
 
-def _draw(maker: Any, prompts: list[str], out: Path, seed: int, words: dict[str, Any]) -> list[str]:
+def _draw(maker: Any, prompts: list[str], out: Path, seed: int, words: dict[str, Any], image: str | None) -> list[str]:
     from mmdiff.images import encode_png
 
     single = out.suffix.lower() == ".png"
     if single and len(prompts) > 1:
         raise ConfigError(f"{out} is one file for {len(prompts)} prompts; give a folder")
-    images = maker(prompts=prompts, seeds=[seed + i for i in range(len(prompts))], **words).images
+    seeds = [seed + i for i in range(len(prompts))]
+    if image is None:
+        images = maker(prompts=prompts, seeds=seeds, **words).images
+    else:
+        images = maker.edit([image] * len(prompts), None, prompts, seeds, **words)
     paths = [out] if single else [out / f"{i:04d}.png" for i in range(len(prompts))]
     for path, image in zip(paths, images, strict=True):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -61,7 +61,8 @@ class RunConfig:
     classes: str | None = None
     """JSON list of class names; copied into the result."""
     generation: dict[str, dict[str, float | int | str]] | None = None
-    """Defaults of generation that are written beside the weights: ``text`` and ``image``, each with its words."""
+    """Defaults of generation that are written beside the weights: ``text``, ``image`` and ``edit``, each with its
+    words. With a task ``edit`` the last is that of images unless it is given."""
     mup: MupConfig | None = None
     """Carry values over that were tuned at a smaller width; null: train the network as it is."""
     data: DataConfig

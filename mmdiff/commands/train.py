@@ -305,8 +305,15 @@ def _export(spec: RunConfig, model: Any, run_dir: Path, parts: Mapping[str, Any]
 
     if spec.train.lora is not None:
         return write_adapter(model, run_dir / "adapter", base=spec.init_from)
-    model.to("cpu").save_pretrained(run_dir / "model", **parts, generation=spec.generation)
+    model.to("cpu").save_pretrained(run_dir / "model", **parts, generation=_generation(spec))
     return run_dir / "model"
+
+
+def _generation(spec: RunConfig) -> dict[str, Any] | None:
+    """Defaults of generation; that there are some for edits says that the network has learnt to follow instructions."""
+    given = spec.generation
+    edits = any(task.type == "edit" for source in spec.data.sources for task in source.tasks)
+    return {"edit": (given or {}).get("image", {}), **(given or {})} if edits else given
 
 
 def _base(spec: RunConfig) -> Any:

@@ -78,7 +78,7 @@ class PretrainedModule(nn.Module):
             image_tokenizer: Of the images it draws; the network or where it lies.
             text_encoder: Where the encoder of its prompts lies, if it reads their features; copied.
             classes: Names of its classes, in order.
-            generation: Defaults of generation, ``text`` and ``image``, plain data.
+            generation: Defaults of generation, ``text``, ``image`` and ``edit``, plain data.
             license: Identifier for the model card, such as ``apache-2.0``.
 
         Raises:

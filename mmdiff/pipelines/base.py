@@ -28,6 +28,8 @@ P = TypeVar("P", bound="Pipeline")
 _GENERATION_FILE = "generation_config.json"
 _CLASS_FAMILIES = ("emigm", "maskgit")
 """Families that draw classes by number."""
+_EDIT_FAMILIES = ("lumina",)
+"""Published families that follow instructions about a picture; others say so in their files."""
 _FLOW_FAMILIES = {"dit": "class_image", "mmdit": "text_image"}
 """Families that draw by rectified flow, and what."""
 
@@ -50,7 +52,8 @@ class Checkpoint:
         tokenizer: For text; None if the folder has none.
         image_tokenizer: Codes to pixels and back; None if it does not draw.
         classes: Names by class number.
-        defaults: Generation words the checkpoint was made for, under ``text`` and ``image``.
+        defaults: Generation words the checkpoint was made for, under ``text``, ``image`` and, of a network that has
+            learnt to change a picture by an instruction, ``edit``.
         text_encoder: Prompts to features, for a network that reads those; None if it has none.
     """
 
@@ -86,14 +89,19 @@ class Checkpoint:
                 can |= {"caption", "ask"}
             if self.layout.codes and template and self.image_tokenizer is not None:
                 can |= {"text_image", "class_image"} if self.classes else {"text_image"}
-        if getattr(getattr(self.model, "config", None), "type", "") in _CLASS_FAMILIES and self.image_tokenizer:
+                can |= {"edit"} if "edit" in self.defaults or self._family in _EDIT_FAMILIES else set()
+        if self._family in _CLASS_FAMILIES and self.image_tokenizer:
             can.add("class_image")
         return frozenset(can | self._flow())
+
+    @property
+    def _family(self) -> str:
+        return getattr(getattr(self.model, "config", None), "type", "")
 
     def _flow(self) -> set[str]:
         """What a flow-matching network can do: it draws latents with an autoencoder, or pixels."""
         config: Any = getattr(self.model, "config", None)
-        kind = _FLOW_FAMILIES.get(getattr(config, "type", ""))
+        kind = _FLOW_FAMILIES.get(self._family)
         if kind is None or config.out_channels != config.channels:
             return set()  # with a learned variance it is no flow
         told = kind == "class_image" or self.text_encoder is not None
@@ -337,4 +345,4 @@ def _read_json(path: Path, kind: type) -> Any:
 
 def _defaults(tree: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The house's part of a generation_config.json; published files hold other keys there, which are not ours."""
-    return {k: dict(tree[k]) for k in ("text", "image") if isinstance(tree.get(k), dict)}
+    return {k: dict(tree[k]) for k in ("text", "image", "edit") if isinstance(tree.get(k), dict)}

@@ -23,6 +23,7 @@ class Job:
         subjects: Texts or class numbers, one per image.
         known: Tokens or latents of images of which a part stays; None if all is drawn.
         open: Bool [B, N], cells that are drawn.
+        about: Pictures that the subjects are instructions about, one per image; None if there are none.
         sources: Where random numbers come from, one per row.
         keep: Whether the steps in between are wanted too.
     """
@@ -31,6 +32,7 @@ class Job:
     known: Tensor | None
     open: Bool[Tensor, "B N"]
     sources: Any
+    about: Sequence[Any] | None = None
     keep: bool = False
 
 

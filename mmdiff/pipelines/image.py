@@ -95,8 +95,8 @@ class ImageGenerator(Pipeline):
     ) -> Image.Image | list[Image.Image]:
         """Redraw a part of an image (inpainting); pixels outside the part are kept as they are.
 
-        Without a mask the text is an instruction about the image, for networks that follow such (Lumina-DiMOO): all of
-        it is drawn anew, with the image in sight.
+        Without a mask the text is an instruction about the image, for networks that follow such (capability ``edit``):
+        all of it is drawn anew, with the image in sight.
 
         Args:
             image: Picture, or a list of them; squeezed to the model's square size.
@@ -112,12 +112,12 @@ class ImageGenerator(Pipeline):
             ConfigError: A mask that marks nothing, none for a network that needs one, or options that contradict each
                 other.
         """
-        if mask is None and not self.checkpoint.layout.reads_codes:
-            raise ConfigError("give a mask of the part to draw again: this network follows no instructions")
+        if mask is None:
+            return self._follow(image, prompt_or_label, seed, words)
         items, many = zip_batches(image=image, mask=mask, prompt=prompt_or_label, seed=seed)
         size, grid = self.painter.size, self.painter.grid
         pixels = torch.stack([to_pixels(i, size) for i, *_ in items])
-        redraw = torch.stack([torch.ones(size, size).bool() if m is None else _mask(m, size) for _, m, *_ in items])
+        redraw = torch.stack([_mask(m, size) for _, m, *_ in items])
         cells = redraw.view(-1, grid, size // grid, grid, size // grid).any(dim=4).any(dim=2).flatten(1)
         known = self.painter.encode(pixels.to(self.checkpoint.device))
         subjects = [self._subject(t) for _, _, t, _ in items]
@@ -125,6 +125,16 @@ class ImageGenerator(Pipeline):
         new = self.painter.pixels(self._draw(subjects, drawn, words, known=known, cells=cells).result).cpu()
         blended = torch.where(redraw[:, None], new.float(), pixels)
         out = [Image.fromarray(a) for a in to_uint8(blended).numpy()]
+        return out if many else out[0]
+
+    def _follow(self, image: Any, text: Any, seed: Any, words: ImageWords) -> Image.Image | list[Image.Image]:
+        """New pictures by instructions about others."""
+        if "edit" not in self.capabilities:
+            raise ConfigError("give a mask of the part to draw again: this network follows no instructions")
+        items, many = zip_batches(image=image, prompt=text, seed=seed)
+        drawn = sources(len(items), "image", [s for *_, s in items], None)
+        drawing = self._draw([t for _, t, _ in items], drawn, words, about=[i for i, *_ in items])
+        out: list[Image.Image] = self._output(drawing.result, "pil")
         return out if many else out[0]
 
     @torch.no_grad()
@@ -205,9 +215,11 @@ class ImageGenerator(Pipeline):
         *,
         known: Tensor | None = None,
         cells: Tensor | None = None,
+        about: list[Any] | None = None,
         keep: bool = False,
     ) -> Drawing:
-        options: dict[str, Any] = with_defaults(words, self.checkpoint.defaults.get("image", {}), ImageWords)
+        usual = self.checkpoint.defaults.get("image" if about is None else "edit", {})
+        options: dict[str, Any] = with_defaults(words, usual, ImageWords)
         callback = options.pop("callback_on_step_end", None)
         if strange := sorted(set(options) - self.painter.words):
             raise ConfigError(f"{', '.join(strange)} means nothing to a network of this family; leave it out")
@@ -217,7 +229,7 @@ class ImageGenerator(Pipeline):
         def report(number: int, share: float, state: Tensor) -> None:
             callback(self, number, share, {"tokens": state})
 
-        job = Job(subjects=subjects, known=known, open=cells, sources=drawn, keep=keep)
+        job = Job(subjects=subjects, known=known, open=cells, sources=drawn, about=about, keep=keep)
         drawing = self.painter.draw(job, options, None if callback is None else report)
         self.trace = drawing.trace
         return drawing

@@ -5,13 +5,14 @@ A painter is one object per checkpoint; `mmdiff.pipelines.image` does the rest f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from mmdiff.batch import IMAGE
 from mmdiff.errors import CheckpointError, ConfigError
 from mmdiff.pipelines.base import Checkpoint
 from mmdiff.pipelines.drawing import Drawing, Frame, Job, words_of
@@ -67,8 +68,8 @@ class EnginePainter:
     offset = 0
     """Id that stands for a code where none is decided yet."""
 
-    def canvas(self, subjects: Sequence[Any], known: Tensor | None, open_: Bool[Tensor, "B N"]) -> Canvas:
-        """Rows for texts or class numbers; ``known`` holds the tokens that are not open."""
+    def canvas(self, job: Job) -> Canvas:
+        """Rows for texts or class numbers."""
         raise NotImplementedError
 
     def parts(self, canvas: Canvas, drawn: Any, words: dict[str, Any]) -> dict[str, Any]:
@@ -81,7 +82,7 @@ class EnginePainter:
 
     def draw(self, job: Job, words: dict[str, Any], report: Callable[[int, float, Tensor], None] | None) -> Drawing:
         """Decode a canvas."""
-        canvas, kept = self.canvas(job.subjects, job.known, job.open), list[Canvas]()
+        canvas, kept = self.canvas(job), list[Canvas]()
 
         def stepped(step: Step) -> None:
             if report is not None:
@@ -138,27 +139,30 @@ class PromptPainter(EnginePainter):
         """Codes of images."""
         return self.checkpoint.image_tokenizer.encode(pixels).flatten(1)
 
-    def canvas(self, subjects: Sequence[str], known: Tensor | None, open_: Bool[Tensor, "B N"]) -> Canvas:
-        """The chat that asks for the picture, and the slots of the picture."""
-        from mmdiff.pipelines.prompts import tokenizer_of
+    def canvas(self, job: Job) -> Canvas:
+        """The chat that asks for the picture, perhaps about another one, and the slots of the picture."""
+        from mmdiff.pipelines.answers import place_images
+        from mmdiff.pipelines.prompts import Prompter, about
 
-        tokenizer, shape = tokenizer_of(self.checkpoint), self.checkpoint.layout
-        chats = [tokenizer.chat([{"role": "user", "content": text}]) for text in subjects]
-        # As in training, guidance drops what the user said and keeps the frame around it.
-        drop = [[c.user_span[0] <= i < c.user_span[1] for i in range(len(c.ids))] for c in chats]
-        ids = torch.zeros_like(open_, dtype=torch.long) if known is None else known.cpu() + shape.code_offset
+        prompter, shape = Prompter(self.checkpoint), self.checkpoint.layout
+        shown = job.about or [None] * len(job.subjects)
+        chats = [prompter.conversation(about(i, text)) for i, text in zip(shown, job.subjects, strict=True)]
+        # As in training, guidance drops what the user said and keeps the frame around it, and pictures.
+        drop = [[i in range(*c.user_span) and slot != IMAGE for i, slot in enumerate(c.ids)] for c in chats]
+        known = torch.zeros_like(job.open, dtype=torch.long) if job.known is None else job.known.cpu()
         rows = [
             [None if is_open else code for code, is_open in zip(row, flags, strict=True)]
-            for row, flags in zip(ids.tolist(), open_.tolist(), strict=True)
+            for row, flags in zip((known + shape.code_offset).tolist(), job.open.tolist(), strict=True)
         ]
-        return layout(
+        canvas = layout(
             [c.ids for c in chats],
             rows,
             mask_id=shape.code_mask_id,
-            pad_id=tokenizer.pad_id,
+            pad_id=prompter.tokenizer.pad_id,
             droppable=drop,
             device=self.checkpoint.device,
         )
+        return place_images(canvas, self.checkpoint.model, [image for c in chats for image in c.images])
 
     def parts(self, canvas: Canvas, drawn: Any, words: dict[str, Any]) -> dict[str, Any]:
         """See `mmdiff.sampling.presets.image_parts`."""
@@ -201,12 +205,12 @@ class ClassPainter(EnginePainter):
         """Codes of images."""
         return self.checkpoint.image_tokenizer.encode(pixels).flatten(1)
 
-    def canvas(self, subjects: Sequence[int], known: Tensor | None, open_: Bool[Tensor, "B N"]) -> Canvas:
+    def canvas(self, job: Job) -> Canvas:
         """The class, and the slots of the picture."""
         device = self.checkpoint.device
-        open_ = open_.to(device)
-        codes = torch.zeros_like(open_, dtype=torch.long) if known is None else known.to(device)
-        return class_canvas(self.backbone, torch.tensor(subjects, device=device), codes, open_)
+        open_ = job.open.to(device)
+        codes = torch.zeros_like(open_, dtype=torch.long) if job.known is None else job.known.to(device)
+        return class_canvas(self.backbone, torch.tensor(job.subjects, device=device), codes, open_)
 
     def parts(self, canvas: Canvas, drawn: Any, words: dict[str, Any]) -> dict[str, Any]:
         """See `mmdiff.sampling.image_presets.code_parts`."""
@@ -250,11 +254,11 @@ class LatentPainter(EnginePainter):
         """Tokens of images."""
         return self.model.patchify(self.checkpoint.image_tokenizer.encode(pixels))
 
-    def canvas(self, subjects: Sequence[int], known: Tensor | None, open_: Bool[Tensor, "B N"]) -> Canvas:
+    def canvas(self, job: Job) -> Canvas:
         """The class, and the slots of the picture."""
-        device, (b, n) = self.checkpoint.device, open_.shape
-        values = torch.zeros(b, n, self.config.token_channels, device=device) if known is None else known.to(device)
-        return latent_canvas(torch.tensor(subjects, device=device), values, open_.to(device))
+        device, known = self.checkpoint.device, job.known
+        values = torch.zeros(*job.open.shape, self.config.token_channels) if known is None else known
+        return latent_canvas(torch.tensor(job.subjects, device=device), values.to(device), job.open.to(device))
 
     def parts(self, canvas: Canvas, drawn: Any, words: dict[str, Any]) -> dict[str, Any]:
         """See `mmdiff.sampling.image_presets.latent_parts`."""

@@ -59,11 +59,13 @@ class Prompt:
         ids: With `mmdiff.batch.IMAGE` at the slots of image tokens.
         images: Their crops, in order.
         tail: Ids of a given answer.
+        user_span: Start and end of the last user message; empty for networks that do not drop it slot by slot.
     """
 
     ids: list[int]
     images: list[Crops]
     tail: list[int]
+    user_span: tuple[int, int] = (0, 0)
 
 
 class Prompter:
@@ -109,7 +111,7 @@ class Prompter:
         side = math.isqrt(self._features)
         slots = [c.view.tokens(side) for c in images]
         chat = self.tokenizer.chat(plain, slots, answer, system=self._system, compat=self.compat)
-        return Prompt(chat.ids[: chat.answer_start], images, chat.ids[chat.answer_start :])
+        return Prompt(chat.ids[: chat.answer_start], images, chat.ids[chat.answer_start :], chat.user_span)
 
     def _without_pictures(self, content: Any, shown: list[ImageInput | Video]) -> Any:
         """The content with bare image parts; the pictures are added to ``shown``."""

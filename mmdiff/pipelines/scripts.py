@@ -11,13 +11,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from mmdiff.errors import CheckpointError, ConfigError
 from mmdiff.images import crop_sizes, to_pixels, to_shape
 from mmdiff.pipelines.base import Checkpoint
-from mmdiff.pipelines.drawing import words_of
+from mmdiff.pipelines.drawing import Job, words_of
 from mmdiff.pipelines.painters import EnginePainter, slots_of
 from mmdiff.sampling import Canvas, CodeBackbone, Decoded, layout
 from mmdiff.sampling.vocabulary_presets import lumina_parts, mmada_parts
@@ -259,21 +259,14 @@ class ScriptPainter(EnginePainter):
         """Codes of images."""
         return self.script.encode(pixels).flatten(1)
 
-    def canvas(self, subjects: Sequence[str], known: Tensor | None, open_: Bool[Tensor, "B N"]) -> Canvas:
-        """The prompt, the picture's slots, and the prompt of the unguided branch.
-
-        With everything open and codes known, the codes are a picture that the prompt is about.
-        """
-        about = known is not None and bool(open_.all())
-        ids = torch.zeros_like(open_, dtype=torch.long) if known is None else known.cpu()
+    def canvas(self, job: Job) -> Canvas:
+        """The prompt, the picture's slots, and the prompt of the unguided branch."""
+        ids = torch.zeros_like(job.open, dtype=torch.long) if job.known is None else job.known.cpu()
         rows: list[list[int | None]] = []
-        fronts: list[list[int]] = []
-        nulls: list[list[int]] = []
-        for text, codes, flags in zip(subjects, ids.tolist(), open_.tolist(), strict=True):
+        for codes, flags in zip(ids.tolist(), job.open.tolist(), strict=True):
             shown = [None if free else c + self.offset for c, free in zip(codes, flags, strict=True)]
             rows.append(self.script.slots(shown))
-            for said, into in ((text, fronts), (None, nulls)):
-                into.append(self.script.editing(said, codes) if about else self.script.drawing(said))
+        fronts, nulls = self._prompts(job, job.subjects), self._prompts(job, [None] * len(rows))
         return layout(
             fronts,
             rows,
@@ -282,6 +275,14 @@ class ScriptPainter(EnginePainter):
             nulls=nulls,
             device=self.checkpoint.device,
         )
+
+    def _prompts(self, job: Job, texts: Sequence[str | None]) -> list[list[int]]:
+        """What stands before the pictures that are drawn; None: without a condition."""
+        if job.about is None:
+            return [self.script.drawing(text) for text in texts]
+        pixels = torch.stack([to_pixels(image, self.size) for image in job.about])
+        codes = self.encode(pixels.to(self.checkpoint.device)).tolist()
+        return [self.script.editing(text, row) for text, row in zip(texts, codes, strict=True)]
 
     def parts(self, canvas: Canvas, drawn: Any, words: dict[str, Any]) -> dict[str, Any]:
         """See `mmdiff.sampling.vocabulary_presets`."""

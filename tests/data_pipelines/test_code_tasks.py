@@ -25,6 +25,7 @@ from data_pipelines.tasks import build_task
 from mmdiff import rng
 from mmdiff.batch import IGNORE, Example, collate
 from mmdiff.errors import ConfigError, SampleError
+from mmdiff.pipelines.drawing import Job
 from mmdiff.pipelines.painters import painter_of
 from mmdiff.pipelines.prompts import Prompter, about
 from mmdiff.training.objective import Masked
@@ -56,6 +57,10 @@ def sample(codes: np.ndarray | None) -> Sample:
     return Sample("k", "s.tar", members)
 
 
+def job(texts: list[str], codes: np.ndarray) -> Job:
+    return Job(subjects=texts, known=None, open=torch.ones(1, len(codes), dtype=torch.bool), sources=None)
+
+
 def example(checkpoint: Any, options: Any, codes: np.ndarray | None, seed: int = 0) -> Example:
     task = build_task(options, checkpoint.tokenizer, checkpoint.layout)
     return task(sample(codes), rng.generator(seed, "task"))
@@ -81,7 +86,7 @@ def test_what_is_learnt_follows_the_prompt_of_inference(checkpoint, codes, optio
 def test_what_is_drawn_lies_as_inference_draws_it(checkpoint, codes, options, text):
     made = example(checkpoint, options, codes)
     painter = painter_of(checkpoint)
-    canvas = painter.canvas([text], None, torch.ones(1, len(codes), dtype=torch.bool))
+    canvas = painter.canvas(job([text], codes))
     learnt = made.labels != IGNORE
     assert torch.equal(made.ids.masked_fill(learnt, checkpoint.layout.code_mask_id), canvas.tokens[0])
     assert torch.equal(learnt, canvas.undecided[0])
@@ -91,7 +96,7 @@ def test_what_is_drawn_lies_as_inference_draws_it(checkpoint, codes, options, te
 def test_an_empty_prompt_is_learnt_as_guidance_reads_it(checkpoint, codes):
     made = example(checkpoint, TextToImageConfig(drop_text=1.0), codes)
     painter = painter_of(checkpoint)
-    canvas = painter.canvas([""], None, torch.ones(1, len(codes), dtype=torch.bool))
+    canvas = painter.canvas(job([""], codes))
     assert canvas.null is not None
     assert torch.equal(made.ids[made.labels == IGNORE], canvas.null[0][~canvas.undecided[0]])
     assert not bool(made.droppable.any())

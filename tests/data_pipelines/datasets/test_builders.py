@@ -201,6 +201,7 @@ def test_training_never_shows_what_is_held_out_as_the_picture_to_be_changed(styl
             sources = [data for suffix, data in sample.items() if suffix.startswith("image")]
             asked += len(sources)
             assert sample["webp"] not in sources
+            assert ("instruction" in info(sample)) == bool(sources)
             for source in sources:
                 shown = by_picture[info(sample)["concept"], source]
                 assert shown == ("novel_concepts" if split == "novel_concepts" else "train")
