@@ -156,13 +156,22 @@ def read_maskgit_v2(tree: Tree, special: Mapping[str, int]) -> maskgit.Config:
 
 
 def write_maskgit_v1(config: maskgit.Config) -> dict[str, Any]:
-    """Options of a network of either generation, under their published names."""
+    """Options of a network of either generation, under their published names.
+
+    Raises:
+        CheckpointError: Its readout has a factor.
+    """
+    if config.readout_scale != 1:
+        raise CheckpointError(
+            f"readout_scale {config.readout_scale} has no field in the published layout, and no weight to fold it into "
+            "(the readout is the embedding); save in mmdiff's own layout"
+        )
     values = {theirs: getattr(config, ours) for ours, theirs in _MASKGIT_FIELDS.items()}
     return {**values, "dropout": config.dropout}
 
 
 def write_maskgit_v2(config: maskgit.Config) -> dict[str, Any]:
-    """Options of a Halton-MaskGIT, under their published names."""
+    """Options of a Halton-MaskGIT, under their published names; errors as in `write_maskgit_v1`."""
     return {**write_maskgit_v1(config), "register": config.registers, "proj": 1}
 
 

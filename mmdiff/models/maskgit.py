@@ -55,6 +55,8 @@ class Config:
     """Extra tokens without a meaning (``halton``)."""
     dropout: float = Field(0.1, ge=0, lt=1)
     """In training."""
+    readout_scale: float = Field(1.0, gt=0)
+    """Factor of the readout's input (muP: base width / width, times a tunable multiplier)."""
 
     def __post_init__(self) -> None:
         if self.width % self.heads:
@@ -64,6 +66,11 @@ class Config:
     def tokens(self) -> int:
         """N, tokens of an image."""
         return self.grid**2
+
+    @property
+    def ffn_hidden(self) -> int:
+        """Hidden size of the feed-forward layers as built."""
+        return self.ffn_width if self.variant == "bert" else 256 * math.ceil(int(2 * self.ffn_width / 3) / 256)
 
     def with_width(self, width: int) -> Config:
         """The same network at another width: head_dim and the ratio of the feed-forward layer stay."""
@@ -199,7 +206,7 @@ class Bert(nn.Module):
         x = self.first_layer(self.tok_emb(ids) + self.pos_emb)
         for block in self.transformer.layers:
             x = block(x)
-        x = self.last_layer(x[:, : c.tokens])
+        x = _scaled(self.last_layer(x[:, : c.tokens]), c.readout_scale)
         seen = c.codebook + 1  # the rows of classes are never read
         return x @ self.tok_emb.weight[:seen].T + self.bias[: c.tokens, :seen]
 
@@ -232,9 +239,8 @@ class HaltonFeedForward(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        hidden = 256 * math.ceil(int(2 * config.ffn_width / 3) / 256)
-        self.w1, self.w3 = (nn.Linear(config.width, hidden, bias=False) for _ in range(2))
-        self.w2 = nn.Linear(hidden, config.width, bias=False)
+        self.w1, self.w3 = (nn.Linear(config.width, config.ffn_hidden, bias=False) for _ in range(2))
+        self.w2 = nn.Linear(config.ffn_hidden, config.width, bias=False)
         self.drop = nn.Dropout(config.dropout)
 
     def forward(self, x: Float[Tensor, "B L D"]) -> Float[Tensor, "B L D"]:
@@ -314,7 +320,8 @@ class Halton(nn.Module):
         x = self.in_drop(x)
         for block in self.transformer.layers:
             x = block(x, cls)
-        return F.linear(self.last_norm(x[:, : codes.shape[1]], cls), self.tok_emb.weight, self.head["bias"])
+        x = _scaled(self.last_norm(x[:, : codes.shape[1]], cls), self.config.readout_scale)
+        return F.linear(x, self.tok_emb.weight, self.head["bias"])
 
 
 class MaskGIT(PretrainedModule):
@@ -373,6 +380,11 @@ MaskGIT.Config = Config
 
 _EPS = 1e-5
 """Of every norm of the second generation."""
+
+
+def _scaled(x: Float[Tensor, "*B D"], factor: float) -> Float[Tensor, "*B D"]:
+    """The input of a readout; at 1 it is left as it is."""
+    return x if factor == 1 else x * factor
 
 
 def _heads(x: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:

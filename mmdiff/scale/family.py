@@ -59,7 +59,7 @@ def scaling(target: Any, base: Any, probe: Any = None) -> Scaling:
     Args:
         target: Configuration.
         base: Configuration.
-        probe: Configuration; default the base at twice its width.
+        probe: Configuration; default the base at a width beyond its own and the target's.
 
     Raises:
         ConfigError: The target is no scaling of the base; the field is named.
@@ -69,7 +69,8 @@ def scaling(target: Any, base: Any, probe: Any = None) -> Scaling:
     depth = size_of(target, "depth")
     same_depth = with_size(base, depth=depth)
     _check(target, same_depth)
-    probe = with_size(same_depth, width=2 * size_of(base, "width")) if probe is None else with_size(probe, depth=depth)
+    _warn_rounded(target, same_depth)
+    probe = _probe(target, same_depth) if probe is None else with_size(probe, depth=depth)
     built = (registry.build(config, device="meta") for config in (target, same_depth, probe))
     fields = {name for name in _FORWARD if hasattr(target, name)}
     names = ("target", "base", "probe")
@@ -104,6 +105,27 @@ def with_size(config: Any, *, width: int | None = None, depth: int | None = None
     if depth is not None and depth != size_of(config, "depth"):
         config = config.with_depth(depth)
     return config
+
+
+def _probe(target: Any, base: Any) -> Any:
+    """The base at twice its width, or at such a multiple that what is rounded has grown wherever the target's has."""
+    then, now = size_of(base, "width"), size_of(target, "width")
+    return with_size(base, width=then * 2 ** (1 + max(0, math.ceil(math.log2(now / then)))))
+
+
+def _warn_rounded(target: Any, base: Any) -> None:
+    """Say when a rounded hidden size leaves the ratio of the widths by more than a twentieth."""
+    if not hasattr(target, "ffn_hidden"):
+        return
+    grown, wider = target.ffn_hidden / base.ffn_hidden, target.width / base.width
+    if not math.isclose(grown, wider, rel_tol=0.05):
+        warnings.warn(
+            f"the feed-forward layers' hidden size is rounded: it goes from {base.ffn_hidden} to {target.ffn_hidden} "
+            f"(x{grown:.3g}) where the width goes from {base.width} to {target.width} (x{wider:.3g}), so this is no "
+            "scaling of the width alone; every layer is scaled by its own fan-in, but values carry over less surely: "
+            "choose ffn_width so that two thirds of it are a multiple of 256 at both widths",
+            stacklevel=4,
+        )
 
 
 def _check(target: Any, base: Any) -> None:

@@ -135,8 +135,8 @@ class Plan:
             recipe: Initialisers; a parameter that none fits keeps its values.
             like: Or: the base with fresh weights of its own; every parameter of ``model`` is rescaled to the base's
                 spread times its factor. Parameters without spread (zeros, gains) stay.
-            zero_readout: Set the readouts (of a tied one, the norm that carries its factor) to zero, their value at
-                infinite width.
+            zero_readout: Set the readouts (of a tied one, the norm in front of it) to zero, their value at infinite
+                width.
 
         Returns:
             ``model``.
@@ -149,7 +149,7 @@ class Plan:
         small = {} if like is None else dict(like.named_parameters())
         for name, parameter in model.named_parameters():
             row = self.row(name)
-            if zero_readout and (row.role == "output" or row.carrier):
+            if zero_readout and (row.role == "output" or row.front):
                 parameter.zero_()
             elif recipe is not None and generator is not None and (initialiser := chosen(recipe, row)) is not None:
                 draw_(parameter, initialiser, row, generator)
@@ -235,6 +235,7 @@ def plan(
         roles={**nets.pattern.roles, **(roles or {})},
         branches=(*nets.pattern.branches, *branches),
         carriers=(*nets.pattern.carriers, *carriers),
+        fronts=nets.pattern.fronts,
     )
     multiplies = "readout_scale" in nets.fields if multiplier is None else multiplier
     shrink = nets.depth_ratio**-alpha if rule == "depth" else 1.0
@@ -249,6 +250,7 @@ def plan(
     scales = _scales(rows, nets, multiplies, shrink)
     if not multiplies:
         rows = _carried(rows, pattern.carriers)
+    rows = _fronted(rows, (*pattern.carriers, *pattern.fronts))
     return Plan(rows=tuple(rows), rule=rule, scales=scales)
 
 
@@ -387,10 +389,17 @@ def _carried(rows: list[Row], carriers: Sequence[str]) -> list[Row]:
 
     def moved(row: Row) -> Row:
         if row.name in norms:
-            return dataclasses.replace(row, forward=factor, carrier=True)
+            return dataclasses.replace(row, forward=factor)
         return dataclasses.replace(row, forward=1.0) if row.name == shared else row
 
     return [moved(row) for row in rows]
+
+
+def _fronted(rows: list[Row], fronts: Sequence[str]) -> list[Row]:
+    """The rows, those in front of a tied readout marked."""
+    if not any(row.role == "tied" for row in rows):
+        return rows
+    return [dataclasses.replace(row, front=_ends_branch(row.name, fronts)) for row in rows]
 
 
 def _tied_question(tied: Row) -> str:

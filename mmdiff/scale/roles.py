@@ -30,11 +30,13 @@ class Pattern:
         branches: Patterns of the modules that end a residual branch.
         carriers: Patterns of norms whose output goes straight into a tied readout: their gain and bias can carry its
             factor where the forward pass takes none.
+        fronts: Patterns of modules that make a tied readout start at zero when they do; ``carriers`` are among them.
     """
 
     roles: Mapping[str, Role] = field(default_factory=dict)
     branches: tuple[str, ...] = ()
     carriers: tuple[str, ...] = ()
+    fronts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,13 @@ def _unified(config: Any) -> Pattern:
 def _maskgit(config: Any) -> Pattern:
     roles: dict[str, Role] = {"net.tok_emb.weight": "tied", "*.in_proj_weight": "hidden"}
     if config.variant != "bert":
-        return Pattern(roles=roles)  # its last norm is shifted by the class, so it cannot carry the readout's factor
+        # Small widths share one hidden size, so shapes do not tell. The last norm is modulated by the class: it can
+        # start at zero, but not carry the readout's factor.
+        return Pattern(
+            roles={**roles, "*.ff.w?.weight": "hidden"},
+            branches=("net.transformer.layers.*.attn.wo", "net.transformer.layers.*.ff.w2"),
+            fronts=("net.last_norm.norm_final", "net.last_norm.mlp.1"),
+        )
     return Pattern(
         roles=roles,
         branches=("net.transformer.layers.*.0.fn.mha.out_proj", "net.transformer.layers.*.1.fn.net.3"),

@@ -66,7 +66,7 @@ class Row:
         forward: Factor of the input of a readout, in the network's forward pass or folded into the weight.
         folded: The factors of the forward pass are folded into initialisation and rate.
         branch: Factor of the residual branch that ends here, folded likewise; 1 where it is in the forward pass.
-        carrier: Whether it belongs to the norm that carries the factor of a tied readout.
+        front: Whether it belongs to the norm in front of a tied readout, which starts at zero with it.
         block: Whether it lies in a block that depth repeats.
         depth_lr: Factor of the rate by depth.
         model_ratio: Width of the target over that of the base, of the whole network.
@@ -84,7 +84,7 @@ class Row:
     forward: float = 1.0
     folded: bool = False
     branch: float = 1.0
-    carrier: bool = False
+    front: bool = False
     block: bool = False
     depth_lr: float = 1.0
     model_ratio: float = 1.0

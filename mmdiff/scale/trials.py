@@ -110,7 +110,7 @@ def _carried(model: nn.Module, plan: mup.Plan) -> dict[str, float]:
     """Modules whose output holds the factor of a tied readout: the norm that carries it, and sequences it ends."""
     out: dict[str, float] = {}
     for row in plan.rows:
-        name = row.name.rpartition(".")[0] if row.carrier else ""
+        name = row.name.rpartition(".")[0] if row.front and row.fold != 1 else ""
         while name:
             out[name] = row.fold
             parent, _, last = name.rpartition(".")

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.coordinates import TREES, WIDTHS
-from mmdiff.config import parse
-from mmdiff.models.registry import FAMILIES
+from benchmarks.coordinates import TREES, WIDTHS, base_of
 from mmdiff.scale.coordinates import coord_check
 from mmdiff.scale.trials import trials
 
@@ -14,8 +12,10 @@ BOUNDS = {"sp": 0.8, "plain": 0.4}
 """Smallest largest slope at the last step."""
 
 
-def base_of(name: str):
-    return parse(FAMILIES[name].config, {"type": name, **TREES[name]}, name)
+def test_a_tied_readout_that_is_multiplied_keeps_to_the_bound():
+    """The quick part of what follows: widths and seeds are fewer."""
+    report = coord_check(trials(base_of("maskgit_halton"), "mup"), (64, 128, 256), steps=4, seeds=2)
+    assert report.max_slope <= 0.2, report.verdict()
 
 
 @pytest.mark.slow

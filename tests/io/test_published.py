@@ -7,6 +7,7 @@ import pytest
 from mmdiff.errors import CheckpointError, ConfigError
 from mmdiff.images import Tiling
 from mmdiff.io.layouts import LAYOUTS, detect
+from mmdiff.models import maskgit
 from tests.helpers import published
 
 
@@ -149,3 +150,9 @@ def test_what_transformers_leaves_out_of_a_siglip_has_its_default():
     assert (config.width, config.depth, config.heads, config.image_size, config.patch_size) == (768, 11, 12, 224, 14)
     with pytest.raises(CheckpointError, match="hidden_act"):
         LAYOUTS["siglip"].read({"model_type": "siglip", "vision_config": {"hidden_act": "relu"}}, {})
+
+
+@pytest.mark.parametrize("layout", ["maskgit-v1", "maskgit-v2"])
+def test_a_tied_readout_with_a_factor_has_no_published_layout(layout):
+    with pytest.raises(CheckpointError, match=r"readout_scale 0\.25 has no field in the published layout"):
+        LAYOUTS[layout].write(maskgit.Config(readout_scale=0.25))

@@ -18,14 +18,15 @@ from tests.scale.test_mup import CONFIGS
 TINY = CONFIGS["mmdit"]
 
 
-@pytest.mark.parametrize("name", [n for n in CONFIGS if n in PROBLEMS])
+@pytest.mark.parametrize("name", [n for n, config in CONFIGS.items() if config.type in PROBLEMS])
 def test_counts_without_memory_are_those_of_a_real_pass(name):
     config = CONFIGS[name]
     counted = flops.count(config)
-    model, inputs = build(config), PROBLEMS[name].inputs(config, 1, rng.generator(0, "count"))
+    problem, model = PROBLEMS[config.type], build(config)
+    inputs = problem.inputs(config, 1, rng.generator(0, "count"))
     # PyTorch's counter has no entry for the fused attention of CPUs, so attention is two products here.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        PROBLEMS[name].run(model, inputs)
+        problem.run(model, inputs)
     assert counted["flops"] == counter.get_total_flops()
     assert counted["training_flops"] == 3 * counted["flops"]
     assert counted["parameters"] == sum(p.numel() for p in model.parameters() if p.requires_grad)

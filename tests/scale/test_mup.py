@@ -13,7 +13,7 @@ from torch import nn
 
 from mmdiff import rng
 from mmdiff.errors import ConfigError
-from mmdiff.models import dit, llada, llada_v, masked_mmdit, mmdit, unified, vision
+from mmdiff.models import dit, llada, llada_v, masked_mmdit, maskgit, mmdit, unified, vision
 from mmdiff.models.registry import build
 from mmdiff.scale import mup
 from mmdiff.scale.family import size_of, with_size
@@ -30,11 +30,14 @@ TEXT = llada.Config(
 )
 TOWER = vision.Config(image_size=16, patch_size=8, width=8, depth=1, heads=1, ffn_width=16)
 DIT = dit.Config(image_size=4, width=16, depth=2, heads=2, ffn_width=64, classes=3)
+CODES = maskgit.Config(grid=2, codebook=5, classes=3, width=64, depth=2, heads=4, ffn_width=384, dropout=0.0)
 CONFIGS = {
     "llada": TEXT,
     "llada_v": llada_v.Config(language=TEXT, vision=TOWER),
     "unified": unified.Config(language=TEXT, vision=TOWER, codes=unified.CodesConfig(codebook=9, grid=2)),
     "dit": DIT,
+    "maskgit": CODES,
+    "maskgit_halton": dataclasses.replace(CODES, variant="halton"),
     "mmdit": mmdit.Config(
         image_size=8,
         channels=3,
@@ -76,7 +79,7 @@ def test_every_family_has_a_plan_and_at_the_base_it_changes_nothing(name):
     base = CONFIGS[name]
     plan = mup.plan(base, base)
     assert {row.name for row in plan.rows} == {n for n, _ in build(base, device="meta").named_parameters()}
-    assert named(plan, "output")
+    assert named(plan, "output") or named(plan, "tied")
     for row in plan.rows:
         for optimizer in ("adamw", "sgd"):
             assert (row.init, row.forward, row.factors(optimizer).lr, row.factors(optimizer).decay) == (1, 1, 1, 1)
@@ -94,7 +97,7 @@ def test_wider_networks_keep_the_spread_of_their_base_by_role(name):
     for n, parameter in ((n, p.detach()) for n, p in model.named_parameters()):
         row = plan.row(n)
         factor = {"hidden": 0.5}.get(row.role, 1.0)
-        if row.role == "output":
+        if row.role == "output" or row.front:
             assert not parameter.any()
         elif parameter.numel() > 1 and float(small[n].std()) > 0:
             assert float(parameter.std()) == pytest.approx(factor * float(small[n].std()), rel=1e-4), n
@@ -298,6 +301,48 @@ def test_the_norm_in_front_of_a_tied_readout_can_carry_its_factor():
             optimizer.step()
             losses.append(loss.detach())
     torch.testing.assert_close(torch.stack(losses[:3]), torch.stack(losses[3:]), atol=0, rtol=1e-4)
+
+
+@pytest.mark.parametrize("variant", ["bert", "halton"])
+def test_a_tied_readout_of_the_house_is_multiplied_in_the_forward_pass(variant):
+    base = dataclasses.replace(CODES, variant=variant)
+    plan = mup.plan(wide(base), base, output_mult=2.0)
+    assert plan.scales == {"readout_scale": 0.5}
+    row = plan.row("net.tok_emb.weight")
+    assert (row.role, row.init, row.factors("adamw").lr, row.forward) == ("tied", 1, 1, 0.5)
+    model = mup.fresh(plan, wide(base), base, rng.generator(0, "init"))
+    ids, labels = torch.tensor([[0, 4, 5, 2]]), torch.tensor([3])
+    assert model.config.readout_scale == 0.5
+    assert not model(ids, labels).any()
+    front = plan.row("net.last_layer.4.weight" if variant == "bert" else "net.last_norm.norm_final.weight")
+    assert (front.front, front.fold) == (True, 1)
+
+
+@pytest.mark.parametrize("variant", ["bert", "halton"])
+def test_the_factor_of_a_tied_readout_leaves_its_bias_alone(variant):
+    config = dataclasses.replace(CODES, variant=variant)
+    model, scaled = (
+        build(dataclasses.replace(config, readout_scale=f), generator=rng.generator(0, "init")).eval() for f in (1, 0.5)
+    )
+    with torch.no_grad():
+        for net in (model.net, scaled.net):
+            (net.bias if variant == "bert" else net.head["bias"]).fill_(3)
+    ids, labels = torch.tensor([[0, 4, 5, 2]]), torch.tensor([3])
+    torch.testing.assert_close(scaled(ids, labels) - 3, (model(ids, labels) - 3) / 2)
+
+
+def test_a_hidden_size_that_is_rounded_is_scaled_by_its_own_ratio_and_said():
+    base = dataclasses.replace(CODES, variant="halton", ffn_width=256)
+    with pytest.warns(UserWarning, match=r"from 256 to 768 \(x3\) where the width goes from 64 to 256 \(x4\)"):
+        plan = mup.plan(wide(base), base)
+    up, down = (plan.row(f"net.transformer.layers.0.ff.{name}.weight").factors("adamw").lr for name in ("w1", "w2"))
+    assert (up, down) == (1 / 4, 1 / 3)
+    small = dataclasses.replace(base, width=16, heads=2, ffn_width=32)
+    with pytest.warns(UserWarning, match=r"from 256 to 256 \(x1\) where the width goes from 16 to 32 \(x2\)"):
+        plan = mup.plan(wide(small, 2), small)
+    row = plan.row("net.transformer.layers.0.ff.w2.weight")
+    assert (row.role, row.factors("adamw").lr) == ("hidden", 1)
+    assert mup.plan(small, small).row(row.name).role == "hidden"
 
 
 def test_a_foreign_module_needs_a_probe():
