@@ -15,7 +15,12 @@ __all__ = ["convert"]
 
 
 def convert(
-    src: Annotated[str, typer.Argument(help="Folder, hub id, or PyTorch file (.pth .pt .ckpt .bin).")],
+    src: Annotated[
+        str,
+        typer.Argument(
+            help="Folder, hub id, PyTorch file (.pth .pt .ckpt .bin), or RUN/checkpoints/step_... of a training run."
+        ),
+    ],
     dst: Annotated[Path, typer.Argument(help="New or empty folder; for a PyTorch file also NAME.safetensors.")],
     to: Annotated[
         str | None,
@@ -34,6 +39,7 @@ def convert(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Convert a checkpoint: same tensors, dtypes and bytes, other names; or other dtypes. Nothing in it is run."""
+    from mmdiff.commands.export import export_checkpoint, is_run_checkpoint
     from mmdiff.io.convert import convert as run
     from mmdiff.pipelines.base import dtype_of
 
@@ -41,6 +47,12 @@ def convert(
         if dtype is not None:
             raise ConfigError("--adapter keeps the precision; convert the result with --dtype afterwards")
         _merge(src, dst, adapter, to=to, root=root, as_json=as_json)
+        return
+    if is_run_checkpoint(Path(src)):
+        if to not in (None, "mmdiff") or root is not None or dtype is not None:
+            raise ConfigError(f"{src}: a run's checkpoint is written in our layout; convert the result afterwards")
+        written = export_checkpoint(Path(src), dst)
+        typer.echo(json.dumps({"source": src, "target": str(written)}) if as_json else f"{src}: model in {written}")
         return
     done = run(src, dst, to=to, root=root, dtype=dtype_of(dtype))
     if as_json:

@@ -273,8 +273,12 @@ def copy_into(own: Mapping[str, Tensor], saved: Mapping[str, Tensor], what: str)
         local(tensor).copy_(local(spread_like(saved[name], tensor)))
 
 
-def load_average(run_dir: Path, model: nn.Module) -> Path:
-    """Set ``model`` to the newest checkpoint's averaged weights (its plain ones if the run kept no average).
+def load_average(source: Path, model: nn.Module) -> Path:
+    """Set ``model`` to a checkpoint's averaged weights (its plain ones if the run kept no average).
+
+    Args:
+        source: Folder of a run, whose newest whole checkpoint is taken, or of one checkpoint.
+        model: The network of the run.
 
     Returns:
         The checkpoint.
@@ -282,10 +286,13 @@ def load_average(run_dir: Path, model: nn.Module) -> Path:
     Raises:
         CheckpointError: There is none, none is whole, or it does not fit.
     """
-    checkpoints = Checkpoints(run_dir, keep=2)
-    path = checkpoints.latest()
+    path: Path | None = source
+    if (source / "state.json").is_file():
+        atomic.verify_manifest(source)
+    else:
+        path = Checkpoints(source, keep=2).latest()
     if path is None:
-        raise CheckpointError(f"{run_dir}: holds no checkpoint yet")
+        raise CheckpointError(f"{source}: holds no checkpoint yet")
     saved = dict(files.read_tensors(path / "model.safetensors"))
     if (path / "ema.safetensors").exists():
         average = files.read_tensors(path / "ema.safetensors")

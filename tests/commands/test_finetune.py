@@ -17,6 +17,7 @@ from data_pipelines.pack import write_shards
 from data_pipelines.reader import IMAGE_SUFFIXES, iter_samples
 from mmdiff.cli import app
 from mmdiff.commands import train
+from mmdiff.commands.export import export_checkpoint
 from mmdiff.config import recipes
 from mmdiff.errors import ConfigError
 from mmdiff.io.convert import convert
@@ -171,6 +172,10 @@ def test_an_adapters_checkpoints_hold_the_adapter_alone_and_resume_to_the_bit(ba
     resumed = train.run(stopped.run_dir / "config.yaml", resume=True, progress=False)
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         assert (resumed.model_dir / name).read_bytes() == (whole.model_dir / name).read_bytes()
+    newest = max((whole.run_dir / "checkpoints").iterdir())
+    alone = export_checkpoint(newest, tmp_path / "alone")
+    for path in whole.model_dir.iterdir():
+        assert (alone / path.name).read_bytes() == path.read_bytes()
     sizes = [p.stat().st_size for p in stopped.run_dir.rglob("model.safetensors")]
     assert max(sizes) < (base / "model.safetensors").stat().st_size
 

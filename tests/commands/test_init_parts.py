@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mmdiff import rng
-from mmdiff.commands.train import _init_part, _model
+from mmdiff.commands.run_parts import _init_part, model_of
 from mmdiff.errors import ConfigError
 from mmdiff.models import llada, scorer, unified, vision
 
@@ -36,7 +36,7 @@ def test_a_recipe_takes_the_named_part_and_leaves_the_others(tmp_path) -> None:
         "train": {"samples": 2},
         "out": str(tmp_path / "run"),
     }
-    model = _model(config.load(RunConfig, tree))
+    model = model_of(config.load(RunConfig, tree))
     for key, value in other.vision.state_dict().items():
         assert torch.equal(model.vision.state_dict()[key], value), key
     fresh = unified.Unified(SHAPE, generator=rng.generator(0, "init"))

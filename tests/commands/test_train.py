@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import mmdiff
 from data_pipelines.pack import write_shards
 from mmdiff.cli import app
-from mmdiff.commands import train
+from mmdiff.commands import run_parts, train
 from mmdiff.errors import EXIT_STOPPED, ConfigError
 from mmdiff.models.registry import load_model
 from mmdiff.text import Tokenizer
@@ -92,6 +92,50 @@ def test_training_exports_the_averaged_weights_with_their_tokenizer(recipe, toke
     assert any(not torch.equal(weights[name], own) for name, own in newest.tensors["model"].items())
 
 
+def test_the_model_at_any_checkpoint_of_a_run(recipe, tmp_path):
+    result = train.run(recipe, progress=False)
+    first, *_, last = sorted((result.run_dir / "checkpoints").iterdir())
+    for step in (first, last):
+        done = CliRunner().invoke(app, ["convert", str(step), str(tmp_path / step.name), "--json"])
+        assert json.loads(done.stdout) == {"source": str(step), "target": str(tmp_path / step.name)}
+        average = state.Checkpoints(result.run_dir, 2).load(step).tensors["ema"]
+        weights = state.model_tensors(load_model(tmp_path / step.name))
+        assert all(torch.equal(weights[name], tensor) for name, tensor in average.items())
+    names = {p.name for p in result.model_dir.iterdir()}
+    assert names == {p.name for p in (tmp_path / last.name).iterdir()}
+    for name in names - {"README.md", "manifest.json"}:  # the card is headed by the folder's name
+        assert (result.model_dir / name).read_bytes() == (tmp_path / last.name / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--dtype", "bfloat16"), "a run's checkpoint is written in our layout; convert the result afterwards"),
+        (("--to", "llada"), "a run's checkpoint is written in our layout; convert the result afterwards"),
+        ((), "model.safetensors"),
+    ],
+    ids=["dtype", "layout", "damaged"],
+)
+def test_what_no_model_is_made_of(recipe, tmp_path, words, told):
+    result = train.run(recipe, progress=False)
+    step = max((result.run_dir / "checkpoints").iterdir())
+    if not words:
+        data = (step / "model.safetensors").read_bytes()
+        (step / "model.safetensors").write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    done = CliRunner().invoke(app, ["convert", str(step), str(tmp_path / "model"), *words])
+    assert done.exit_code == (2 if words else 4)
+    assert told in " ".join(done.output.split())
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_checkpoints_model_overwrites_nothing(recipe, tmp_path):
+    result = train.run(recipe, progress=False)
+    step = max((result.run_dir / "checkpoints").iterdir())
+    done = CliRunner().invoke(app, ["convert", str(step), str(result.model_dir)])
+    assert done.exit_code == 2
+    assert f"{result.model_dir}: not an empty folder; give a new one" in " ".join(done.output.split())
+
+
 def test_r01_a_stopped_command_exits_75_and_its_resume_command_gives_the_same_model(recipe, tmp_path):
     """The whole command with real tasks, stopped by a probe that raises the signal."""
     whole = train.run(recipe, progress=False)
@@ -117,7 +161,7 @@ def test_a_dry_run_measures_and_writes_nothing(recipe, shards):
     before = sorted(str(p) for p in shards.iterdir())
     result = train.run(recipe, dry_run=True)
     estimate = result.estimate
-    model = train._model(train.load_config(recipe))
+    model = run_parts.model_of(train.load_config(recipe))
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert estimate.trainable == count
     assert estimate.parameters == sum(p.numel() for p in model.parameters())
@@ -182,7 +226,7 @@ def test_several_processes_without_a_launcher_are_refused(recipe, monkeypatch):
 def test_a_used_folder_is_refused_before_anything_is_built(recipe, monkeypatch):
     Path(recipe["out"]).mkdir()
     (Path(recipe["out"]) / "notes.txt").write_text("x")
-    monkeypatch.setattr(train, "_model", lambda spec: pytest.fail("built"))
+    monkeypatch.setattr(train, "model_of", lambda spec: pytest.fail("built"))
     with pytest.raises(ConfigError, match=r"not empty \(notes.txt\); add --resume"):
         train.run(recipe)
 
