@@ -6,6 +6,7 @@ runs in a thread and in worker processes.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,7 @@ __all__ = ["MAX_CONSECUTIVE", "Chunk", "Fetched", "Fetcher", "Ruler", "Skip"]
 MAX_CONSECUTIVE = 100
 """So many samples skipped in a row end the run."""
 
+_DRAWN = 512  # positions whose place in the order is found at once
 _TEXT_MEMBERS = frozenset(SUFFIXES) - frozenset(IMAGE_SUFFIXES)
 
 
@@ -57,11 +59,13 @@ class Chunk:
         positions: Of this rank.
         end: Where the next global batch begins.
         limits: Most slots of the example at each position; empty for no limit.
+        step: How far ahead the same process reads next; 0 if that is not known.
     """
 
     positions: range
     end: int
     limits: tuple[int, ...] = ()
+    step: int = 0
 
 
 @dataclass(frozen=True)
@@ -94,12 +98,15 @@ class Fetcher:
     ) -> None:
         self.plan, self.readers, self.tasks = plan, list(readers), [list(t) for t in tasks]
         self.fill_id, self.pack_length = fill_id, pack_length
+        self._drawn: dict[range, list[Draw]] = {}
 
     def __call__(self, chunk: Chunk) -> Fetched:
         """The batch of a chunk; None if a position found no usable sample in `MAX_CONSECUTIVE` attempts."""
         examples: list[Example] = []
         skips: list[tuple[Skip, ...]] = []
-        draws = [self.plan.at(position) for position in chunk.positions]
+        draws = self._draws(chunk.positions, chunk.step)
+        if chunk.step:
+            self._prepare(self._draws(_later(chunk.positions, chunk.step), chunk.step))
         for number, (position, first) in enumerate(zip(chunk.positions, self._read(draws), strict=True)):
             example, missed = self._fetch(position, first, chunk.limits[number] if chunk.limits else None)
             skips.append(missed)
@@ -113,6 +120,20 @@ class Fetcher:
         """End threads; they are made again when needed."""
         for reader in self.readers:
             reader.end_threads()
+
+    def _draws(self, positions: range, step: int) -> list[Draw]:
+        """What stands at a chunk's positions; that of the following chunks is found with it, which costs less."""
+        if positions not in self._drawn:
+            count = max(1, _DRAWN // max(1, len(positions))) if step else 1
+            chunks = [_later(positions, i * step) for i in range(count)]
+            draws = iter(self.plan.many(list(itertools.chain(*chunks))))
+            self._drawn = {chunk: list(itertools.islice(draws, len(chunk))) for chunk in chunks}
+        return self._drawn[positions]
+
+    def _prepare(self, draws: Sequence[Draw]) -> None:
+        """Have the next batch's samples brought into memory while this one is decoded."""
+        for source, reader in enumerate(self.readers):
+            reader.prepare([draw[2:4] for draw in draws if draw.source == source])
 
     def _read(self, draws: Sequence[Draw]) -> list[Sample | SampleError]:
         """The samples of several draws, read together where they come from the same source."""
@@ -156,6 +177,10 @@ class Fetcher:
     def _skip(self, draw: Draw, position: int, reason: str, message: str) -> Skip:
         index = self.readers[draw.source].shards[draw.shard]
         return Skip(reason, index.key(draw.sample), shown(index.url), position, message)
+
+
+def _later(positions: range, step: int) -> range:
+    return range(positions.start + step, positions.stop + step)
 
 
 class Ruler:

@@ -7,6 +7,7 @@ members to ``reader``, writing shards to ``pack``.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -117,10 +118,19 @@ class ShardIndex:
 
     def places(self, i: int) -> list[Place]:
         """Places of every member of sample ``i``: what reading needs, and no more."""
-        members = slice(int(self.member_ends[i - 1]) if i else 0, int(self.member_ends[i]))
-        suffixes = [self.suffixes[s] for s in self.suffix[members].tolist()]
-        columns = (self.offset[members].tolist(), self.length[members].tolist(), self.crc32[members].tolist())
-        return list(zip(suffixes, *columns, strict=True))
+        _, ends, suffix, offset, length, crc32 = self._views
+        names = self.suffixes
+        members = range(ends[i - 1] if i else 0, ends[i])
+        return [(names[suffix[m]], offset[m], length[m], crc32[m]) for m in members]
+
+    @functools.cached_property
+    def _views(self) -> tuple[memoryview, ...]:
+        """The columns in a form of which single numbers are read ten times as fast as from an array."""
+        columns = (self.key_ends, self.member_ends, self.suffix, self.offset, self.length, self.crc32)
+        return tuple(column.data for column in columns)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_views"}
 
     def __iter__(self) -> Iterator[Entry]:
         return (self[i] for i in range(len(self)))
@@ -132,7 +142,8 @@ class ShardIndex:
 
     def key(self, i: int) -> str:
         """Key of sample ``i``."""
-        return self.keys[int(self.key_ends[i - 1]) if i else 0 : int(self.key_ends[i])].decode()
+        ends, *_ = self._views
+        return self.keys[ends[i - 1] if i else 0 : ends[i]].decode()
 
     def first_beyond(self, size: int) -> str | None:
         """Key of the first sample, in order of the file, that does not fit into ``size`` bytes."""

@@ -252,7 +252,8 @@ class Loader:
         count = self.batch_size if lengths is None else len(lengths)
         first, last = (count * r // self._world for r in (self._rank, self._rank + 1))
         limits = () if lengths is None else tuple(lengths[first:last])
-        return Chunk(range(position + first, position + last), position + count, limits)
+        step = count * max(1, self._workers) if lengths is None else 0
+        return Chunk(range(position + first, position + last), position + count, limits, step)
 
     def _count(self, item: Fetched) -> None:
         for missed in item.skips:

@@ -6,12 +6,13 @@ Which addresses are allowed is decided here as well: a name never runs anything.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import re
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -20,7 +21,16 @@ from mmdiff.images import redact
 
 from .http import HttpStore, InterruptedTransferError
 
-__all__ = ["REMOTE", "ForwardStream", "RangeReader", "read_checked", "scheme_of", "shown"]
+__all__ = [
+    "REMOTE",
+    "ForwardStream",
+    "RangeReader",
+    "fetch_ahead",
+    "in_memory",
+    "read_checked",
+    "scheme_of",
+    "shown",
+]
 
 T = TypeVar("T")
 
@@ -133,24 +143,38 @@ class RangeReader:
             return b""
         if scheme_of(url) in REMOTE:
             data = self._read_remote(url, offset, size)
-            with self._lock:
-                self.bytes_read += len(data)
-            return data
-        return self.read_local(url, [(offset, size)])[0]
-
-    def read_local(self, url: str, spans: Sequence[tuple[int, int]]) -> list[bytes]:
-        """Several ranges, as (offset, size), of one local file; as `read`, without asking what kind of name it is."""
-        try:
-            file = self._take(url)
-            total = 0
+        else:
             try:
-                found = [os.pread(file.descriptor, size, offset) for offset, size in spans]
-                total = sum(map(len, found))
-                return found
-            finally:
-                self._give_back(file, total)
-        except OSError as error:
-            raise ShardError(f"{url}: cannot be read ({error.strerror})") from None
+                with self.opened({0: url}) as files:
+                    data = os.pread(files[0], size, offset)
+            except OSError as error:
+                raise ShardError(f"{url}: cannot be read ({error.strerror})") from None
+        self.count(len(data))
+        return data
+
+    @contextlib.contextmanager
+    def opened(self, urls: Mapping[int, str]) -> Iterator[Mapping[int, int]]:
+        """Descriptors of local files, which stay open meanwhile, whatever other threads do.
+
+        Raises:
+            ShardError: A file cannot be opened.
+        """
+        taken: dict[int, _File] = {}
+        try:
+            for number, url in urls.items():
+                try:
+                    taken[number] = self._take(url)
+                except OSError as error:
+                    raise ShardError(f"{url}: cannot be read ({error.strerror})") from None
+            yield {number: file.descriptor for number, file in taken.items()}
+        finally:
+            for file in taken.values():
+                self._give_back(file)
+
+    def count(self, size: int) -> None:
+        """Add to `bytes_read` what was read from a descriptor."""
+        with self._lock:
+            self.bytes_read += size
 
     def stream(self, url: str) -> BinaryIO:
         """A seekable, buffered stream over a remote file."""
@@ -202,9 +226,8 @@ class RangeReader:
             file.users += 1
             return file
 
-    def _give_back(self, file: _File, read: int = 0) -> None:
+    def _give_back(self, file: _File) -> None:
         with self._lock:
-            self.bytes_read += read
             file.users -= 1
             if file.retired:
                 file.retire()
@@ -233,6 +256,21 @@ class RangeReader:
                 time.sleep(PAUSE_SECONDS * 2**attempt * (0.75 + 0.5 * (hash(url) % 97) / 97))
         kind = str(failure) if type(failure) is OSError else type(failure).__name__
         raise ShardError(f"{shown(url)}: could not be read in {TRIES} tries ({kind}); is the network up?") from None
+
+
+def in_memory(spans: Sequence[tuple[int, int, int]]) -> bool:
+    """Whether the system holds the beginnings of ranges, (descriptor, offset, size), of local files in memory."""
+    try:
+        return all(os.preadv(file, [bytearray(1)], at, os.RWF_NOWAIT) >= 0 for file, at, size in spans if size)
+    except (OSError, AttributeError):  # not there, or a system that cannot tell
+        return False
+
+
+def fetch_ahead(spans: Sequence[tuple[int, int, int]]) -> None:
+    """Ask the system to bring ranges, (descriptor, offset, size), into memory; this does not wait for them."""
+    if hasattr(os, "posix_fadvise"):
+        for file, at, size in spans:
+            os.posix_fadvise(file, at, size, os.POSIX_FADV_WILLNEED)
 
 
 class ForwardStream:

@@ -6,25 +6,30 @@ This is the first of the two places where a sample may be refused (the second is
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import json
 import operator
 import os
 import zlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from mmdiff.errors import SampleError
+from mmdiff.errors import SampleError, ShardError
 
 from .index import Place, ShardIndex
-from .ranges import REMOTE, RangeReader, read_checked, scheme_of, shown
+from .ranges import REMOTE, RangeReader, fetch_ahead, in_memory, read_checked, scheme_of, shown
 from .source import open_shards, size_complaint
+from .tarscan import MAX_MEMBER_BYTES
 
 __all__ = ["IMAGE_SUFFIXES", "TEXT_SUFFIXES", "Sample", "ShardReader", "iter_samples", "numbered"]
+
+T = TypeVar("T")
 
 IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp", "gif", "bmp")
 """Suffixes of a sample's image, in the order in which they are tried."""
@@ -35,6 +40,10 @@ MAX_SAMPLE_BYTES = 256 << 20
 
 _GAP = 4096  # remote members that lie this close are fetched with one request
 _LOCAL_THREADS, _REMOTE_THREADS = 8, 16  # requests on their way at once: disks, too, are faster with several
+_STRETCH = 64  # local samples that are read at once: so many files may have to be open
+_PROBES = 8
+_SURELY_FIT = MAX_SAMPLE_BYTES // MAX_MEMBER_BYTES
+_Wanted = tuple[int, str, list[Place]]  # shard, key, places of the members
 _BY_OFFSET = operator.itemgetter(1)
 
 
@@ -177,29 +186,16 @@ class ShardReader:
             SampleError: Reason ``"shard_differs_from_index"``, ``"crc_mismatch"`` or ``"sample_too_large"``.
             ShardError: The shard cannot be reached at all.
         """
-        index = self.shards[shard]
-        self._check_shard(shard)
-        if not 0 <= sample < len(index):
-            raise IndexError(f"{index.url}: sample {sample} of {len(index)}")
-        places = index.places(sample)
-        if self._suffixes is not None:
-            places = [place for place in places if place[0] in self._suffixes]
-        key, total = index.key(sample), 0
-        for place in places:
-            total += place[2]
-        if total > MAX_SAMPLE_BYTES:
-            message = f"{shown(index.url)}: {key}: {total:,} bytes, limit {MAX_SAMPLE_BYTES:,}"
-            raise SampleError("sample_too_large", message)
-        members: dict[str, bytes] = {}
-        if self._is_remote(shard):
-            for run in _runs(places):
-                members.update(self._read_run(index.url, key, run))
-        else:
-            self._read_each(index.url, key, places, members)
-        return Sample(key, self._names[shard], members)
+        [found] = self.read_many([(shard, sample)])
+        if isinstance(found, SampleError):
+            raise found
+        return found
 
     def read_many(self, places: Sequence[tuple[int, int]]) -> list[Sample | SampleError]:
-        """Several samples at once, with several requests on their way: a sample, or what is wrong with it, for each.
+        """Several samples at once: a sample, or what is wrong with it, for each.
+
+        What the system holds in memory is read here and now; from disks and networks several requests are on their way
+        at the same time.
 
         Args:
             places: Shard and sample of each.
@@ -207,18 +203,46 @@ class ShardReader:
         Raises:
             ShardError: A shard cannot be reached at all.
         """
-        remote = any(self._is_remote(shard) for shard in {shard for shard, _ in places})
-        threads = min(_REMOTE_THREADS if remote else _LOCAL_THREADS, len(places))
-        if threads < 2:
-            return [self._attempt(place) for place in places]
-        if self._pool is None or self._pool_pid != os.getpid():  # threads do not survive a fork
-            self._pool_pid = os.getpid()
-            self._pool = ThreadPoolExecutor(_REMOTE_THREADS if remote else _LOCAL_THREADS, "mmdiff-read")
-        # A thread's share is a whole stretch: handing over sample by sample would take longer than reading them.
-        cuts = [len(places) * i // threads for i in range(threads + 1)]
-        parts = [places[a:b] for a, b in itertools.pairwise(cuts)]
-        found = self._pool.map(lambda part: [self._attempt(place) for place in part], parts)
-        return [result for part in found for result in part]
+        if any(self._is_remote(shard) for shard in {shard for shard, _ in places}):
+            return self._spread(self._read_remote, [self._find(*place) for place in places], _REMOTE_THREADS)
+        parts = [places[start : start + _STRETCH] for start in range(0, len(places), _STRETCH)]
+        return [found for part in parts for found in self._read_files(part)]
+
+    def prepare(self, places: Sequence[tuple[int, int]]) -> None:
+        """Have the system bring local samples into memory that are read soon, without waiting for them.
+
+        Args:
+            places: Shard and sample of each.
+        """
+        local = [place for place in places if not self._is_remote(place[0])]
+        with contextlib.suppress(ShardError):  # reading them will say so
+            for start in range(0, len(local), _STRETCH):
+                part = local[start : start + _STRETCH]
+                with self._opened(part) as files:
+                    if not in_memory(_spans([self._find(*place) for place in _probes(part)], files)):
+                        fetch_ahead(_spans([self._find(*place) for place in part], files))
+
+    def _read_files(self, places: Sequence[tuple[int, int]]) -> list[Sample | SampleError]:
+        """Local samples, all of whose shards are open meanwhile."""
+        wanted = [self._find(*place) for place in places]
+        with self._opened(places) as files:
+            read = functools.partial(self._read_open, files)
+            if in_memory(_spans(_probes(wanted), files)):
+                return read(wanted)
+            fetch_ahead(_spans(wanted, files))
+            return self._spread(read, wanted, _LOCAL_THREADS)
+
+    def _opened(self, places: Sequence[tuple[int, int]]) -> AbstractContextManager[Mapping[int, int]]:
+        return self._ranges.opened({shard: self.shards[shard].url for shard, _ in places})
+
+    def _find(self, shard: int, sample: int) -> _Wanted:
+        index = self.shards[shard]
+        if not 0 <= sample < len(index):
+            raise IndexError(f"{index.url}: sample {sample} of {len(index)}")
+        places = index.places(sample)
+        if self._suffixes is not None:
+            places = [place for place in places if place[0] in self._suffixes]
+        return shard, index.key(sample), places
 
     def _is_remote(self, shard: int) -> bool:
         known = self._remote.get(shard)
@@ -226,30 +250,77 @@ class ShardReader:
             known = self._remote[shard] = scheme_of(self.shards[shard].url) in REMOTE
         return known
 
-    def _attempt(self, place: tuple[int, int]) -> Sample | SampleError:
-        try:
-            return self.read(*place)
-        except SampleError as error:
-            return error
+    def _spread(
+        self, read: Callable[[Sequence[_Wanted]], list[Sample | SampleError]], wanted: Sequence[_Wanted], threads: int
+    ) -> list[Sample | SampleError]:
+        """``read(wanted)``, by several threads."""
+        parts = min(threads, len(wanted))
+        if parts < 2:
+            return read(wanted)
+        if self._pool is None or self._pool_pid != os.getpid():  # threads do not survive a fork
+            self._pool_pid = os.getpid()
+            self._pool = ThreadPoolExecutor(threads, "mmdiff-read")
+        # A thread's share is a whole stretch: handing over sample by sample would take longer than reading them.
+        cuts = [len(wanted) * i // parts for i in range(parts + 1)]
+        found = self._pool.map(read, [wanted[a:b] for a, b in itertools.pairwise(cuts)])
+        return [result for part in found for result in part]
 
-    def _check_shard(self, shard: int) -> None:
+    def _read_open(self, files: Mapping[int, int], wanted: Sequence[_Wanted]) -> list[Sample | SampleError]:
+        """Members of local samples, one read each: that costs less than cutting them out of a common one."""
+        found: list[Sample | SampleError] = []
+        total, pread, crc32, names = 0, os.pread, zlib.crc32, self._names
+        sound = {shard for shard in files if self._complaint(shard) is None}
+        for shard, key, places in wanted:
+            members: dict[str, bytes] = {}
+            try:
+                if shard not in sound or len(places) > _SURELY_FIT:
+                    self._check(shard, key, places)
+                file = files[shard]
+                for suffix, offset, size, crc in places:
+                    data = pread(file, size, offset)
+                    total += size
+                    if crc32(data) != crc or len(data) != size:
+                        # Says what is wrong, or has better luck.
+                        data = self._read_run(shard, key, [(suffix, offset, size, crc)])[suffix]
+                    members[suffix] = data
+                found.append(Sample(key, names[shard], members))
+            except SampleError as error:
+                found.append(error)
+            except OSError as error:
+                raise ShardError(f"{names[shard]}: cannot be read ({error.strerror})") from None
+        self._ranges.count(total)
+        return found
+
+    def _read_remote(self, wanted: Sequence[_Wanted]) -> list[Sample | SampleError]:
+        """Samples one by one; members that lie close to each other with one request."""
+        found: list[Sample | SampleError] = []
+        for shard, key, places in wanted:
+            members: dict[str, bytes] = {}
+            try:
+                self._check(shard, key, places)
+                for run in _runs(places):
+                    members.update(self._read_run(shard, key, run))
+                found.append(Sample(key, self._names[shard], members))
+            except SampleError as error:
+                found.append(error)
+        return found
+
+    def _complaint(self, shard: int) -> str | None:
+        """What is wrong with a whole shard; looked at once."""
         if shard not in self._differs:
             index = self.shards[shard]
             self._differs[shard] = size_complaint(index, self._ranges.size(index.url))
-        complaint = self._differs[shard]
-        if complaint is not None:
+        return self._differs[shard]
+
+    def _check(self, shard: int, key: str, places: Sequence[Place]) -> None:
+        """Refuse samples of a shard that differs from its index, and those that are too large."""
+        if (complaint := self._complaint(shard)) is not None:
             raise SampleError("shard_differs_from_index", complaint)
+        if len(places) > _SURELY_FIT and (total := sum(place[2] for place in places)) > MAX_SAMPLE_BYTES:
+            message = f"{self._names[shard]}: {key}: {total:,} bytes, limit {MAX_SAMPLE_BYTES:,}"
+            raise SampleError("sample_too_large", message)
 
-    def _read_each(self, url: str, key: str, places: Sequence[Place], members: dict[str, bytes]) -> None:
-        """Members of a local sample, one read each: that costs less than cutting them out of a common one."""
-        found = self._ranges.read_local(url, [place[1:3] for place in places])
-        for place, data in zip(places, found, strict=True):
-            if len(data) == place[2] and zlib.crc32(data) == place[3]:
-                members[place[0]] = data
-            else:
-                members.update(self._read_run(url, key, [place]))  # which says what is wrong
-
-    def _read_run(self, url: str, key: str, run: Sequence[Place]) -> dict[str, bytes]:
+    def _read_run(self, shard: int, key: str, run: Sequence[Place]) -> dict[str, bytes]:
         start = run[0][1]
         size = run[-1][1] + run[-1][2] - start
 
@@ -260,7 +331,7 @@ class ShardReader:
                     return f"member {key}.{suffix} differs from its checksum in the index"
             return None
 
-        data = read_checked(self._ranges, url, start, size, wrong)
+        data = read_checked(self._ranges, self.shards[shard].url, start, size, wrong)
         return {suffix: data[offset - start : offset - start + length] for suffix, offset, length, _ in run}
 
 
@@ -278,11 +349,10 @@ def iter_samples(
     """
     reader = ShardReader(open_shards(specs), suffixes)
     for shard, index in enumerate(reader.shards):
-        for number in range(len(index)):
-            try:
-                yield reader.read(shard, number), None
-            except SampleError as error:
-                yield None, error
+        for start in range(0, len(index), _STRETCH):
+            numbers = range(start, min(start + _STRETCH, len(index)))
+            for found in reader.read_many([(shard, number) for number in numbers]):
+                yield (None, found) if isinstance(found, SampleError) else (found, None)
 
 
 def _runs(places: Sequence[Place]) -> list[list[Place]]:
@@ -296,3 +366,13 @@ def _runs(places: Sequence[Place]) -> list[list[Place]]:
             runs.append([place])
         end = place[1] + place[2]
     return runs
+
+
+def _probes(items: Sequence[T]) -> Sequence[T]:
+    """A few of a batch, which tell whether it lies in memory."""
+    return items[:: len(items) // _PROBES + 1]
+
+
+def _spans(wanted: Sequence[_Wanted], files: Mapping[int, int]) -> list[tuple[int, int, int]]:
+    """Descriptor, offset and size of every member."""
+    return [(files[shard], offset, size) for shard, _, places in wanted for _, offset, size, _ in places]

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipelines.plan import Plan, SourceTable, permute
+from data_pipelines.plan import Plan, SourceTable, permute, permute_all
 from data_pipelines.source import open_shards
 from mmdiff.errors import ConfigError, ShardError
 
@@ -31,6 +31,13 @@ def table(sizes: list[int], weights: tuple[int, ...] = (1,), groups: list[int] |
 @settings(max_examples=30, deadline=None)
 def test_permute_is_a_permutation(n: int, key: int) -> None:
     assert sorted(permute(i, n, key) for i in range(n)) == list(range(n))
+
+
+@given(st.integers(1, 2**45), st.integers(0, 2**63 - 1), st.integers(0, 40), st.integers(0, 2**45))
+@settings(max_examples=60, deadline=None)
+def test_permuting_side_by_side_gives_what_permuting_one_by_one_does(n: int, key: int, count: int, start: int) -> None:
+    numbers = [(start + 7 * i) % n for i in range(count)]
+    assert permute_all(numbers, n, key) == [permute(i, n, key) for i in numbers]
 
 
 def test_permutations_of_different_keys_look_unrelated() -> None:
@@ -102,6 +109,15 @@ def test_at_is_pure_and_needs_no_history(position: int, seed: int) -> None:
         two.at(position + other)
     assert one.at(position) == two.at(position)
     assert one.at(position).seed != one.at(position + 1).seed
+
+
+@given(st.lists(SIZES, min_size=1, max_size=3), SEEDS, st.integers(0, 10**12), st.integers(1, 9))
+@settings(max_examples=40, deadline=None)
+def test_many_positions_are_those_one_by_one(sizes: list[list[int]], seed: int, start: int, step: int) -> None:
+    grouped = table([40], (2, 1), groups=[0] * 38 + [1, 1])
+    plan = Plan(seed, [*(table(mine, (1, 3)) for mine in sizes), grouped])
+    positions = range(start, start + 60 * step, step)
+    assert plan.many(positions) == [plan.at(position) for position in positions]
 
 
 def test_replacements_stay_with_source_and_task_and_differ() -> None:

@@ -236,3 +236,56 @@ def test_a_file_that_is_being_read_is_closed_only_afterwards(make_shards: Make) 
     ranges._give_back(held)
     with pytest.raises(OSError, match="descriptor"):
         os.pread(held.descriptor, 4, 0)
+
+
+def cool(shards: list[Path]) -> None:
+    """Have the system forget the shards' pages."""
+    for shard in shards:
+        with shard.open("rb") as stream:
+            os.fsync(stream.fileno())
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+@pytest.mark.parametrize("lacking", [(), ("RWF_NOWAIT",), ("RWF_NOWAIT", "posix_fadvise")])
+def test_samples_are_the_same_from_memory_from_the_disk_and_on_systems_that_know_less(
+    make_shards: Make, monkeypatch: pytest.MonkeyPatch, lacking: tuple[str, ...]
+) -> None:
+    shards = make_shards(150, 20)
+    places = [(number % 7, number // 7) for number in range(139, -1, -1)]
+    expected = ShardReader(open_shards([str(s) for s in shards])).read_many(places)
+    for prepare in (cool, lambda _: None):
+        prepare(shards)
+        reader = ShardReader(open_shards([str(s) for s in shards]))
+        with monkeypatch.context() as system:
+            for name in lacking:
+                system.delattr(os, name)
+            assert reader.read_many(places) == expected
+        assert reader.bytes_read == sum(len(data) for sample in expected for data in sample.members.values())
+        reader.close()
+
+
+def test_a_shard_that_vanishes_or_shrinks_while_it_is_read_is_named(make_shards: Make) -> None:
+    shards = make_shards(60, 20)
+    reader = ShardReader(open_shards([str(s) for s in shards]))
+    assert reader.read(2, 0).key
+    os.truncate(shards[2], 1024)
+    found = reader.read_many([(1, 3), (2, 19)])
+    assert found[0].key == "v1.5_00023"
+    assert (found[1].reason, str(shards[2]) in str(found[1])) == ("shard_differs_from_index", True)
+    reader.close()
+    shards[1].unlink()
+    with pytest.raises(ShardError, match=r"s-00001\.tar: cannot be read"):
+        reader.read_many([(0, 0), (1, 3)])
+
+
+def test_a_batch_over_many_shards_holds_few_files_open(make_shards: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    shards = make_shards(200, 1)
+    reader = ShardReader(open_shards([str(s) for s in shards]))
+    descriptors: list[int] = []
+    real = os.open
+    monkeypatch.setattr(os, "open", lambda *a: descriptors.append(real(*a)) or descriptors[-1])
+    found = reader.read_many([(number, 0) for number in range(200)])
+    assert [sample.key for sample in found] == [f"v1.5_{number:05d}" for number in range(200)]
+    # Numbers are given again as soon as they are free.
+    assert len(set(descriptors)) < 140
+    reader.close()
