@@ -123,12 +123,13 @@ class Fetcher:
 
     def _draws(self, positions: range, step: int) -> list[Draw]:
         """What stands at a chunk's positions; that of the following chunks is found with it, which costs less."""
-        if positions not in self._drawn:
+        drawn = self._drawn  # `Loader.batch_at` may ask from another thread meanwhile
+        if positions not in drawn:
             count = max(1, _DRAWN // max(1, len(positions))) if step else 1
             chunks = [_later(positions, i * step) for i in range(count)]
             draws = iter(self.plan.many(list(itertools.chain(*chunks))))
-            self._drawn = {chunk: list(itertools.islice(draws, len(chunk))) for chunk in chunks}
-        return self._drawn[positions]
+            drawn = self._drawn = {chunk: list(itertools.islice(draws, len(chunk))) for chunk in chunks}
+        return drawn[positions]
 
     def _prepare(self, draws: Sequence[Draw]) -> None:
         """Have the next batch's samples brought into memory while this one is decoded."""
