@@ -212,14 +212,14 @@ def table(title: str, speeds: dict[str, float]) -> Iterable[str]:
         yield f"  {name:12} {speed:10,.0f}{ratio}"
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=8000)
     parser.add_argument("--bytes", type=int, default=22_000)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", help="where the shards are made; default: the system's temporary folder")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
