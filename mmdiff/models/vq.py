@@ -150,6 +150,10 @@ class VQ(ImageTokenizer):
         values, codes = self.quantizer(self._encode(pixels))
         return self.decoder(values), codes
 
+    def usage(self, codes: Int[Tensor, "B h w"]) -> Float[Tensor, ""]:
+        """Share of all codes that are among these."""
+        return codes.unique().numel() / torch.tensor(float(self.codebook))
+
     @torch.no_grad()
     def encode(self, pixels: Float[Tensor, "B 3 S S"]) -> Int[Tensor, "B h w"]:
         """Codes 0 .. K-1 of images in [-1, 1], int64, row-major."""

@@ -55,18 +55,29 @@ def test_equal_images_are_at_no_distance_and_only_the_output_learns(perceptual):
     assert not any(p.requires_grad for p in _stages(perceptual.network, perceptual.weights, a.device)[0].parameters())
 
 
-def test_the_term_is_added_with_its_weight(perceptual):
-    model = vq.VQ(vq.Config(image_size=32, widths=(8, 8), blocks=0, levels=(5, 4)), generator=rng.generator(0))
-    batch = Batch(
+def batch_of(images):
+    return Batch(
         ids=torch.zeros(2, 0, dtype=torch.long),
         labels=torch.zeros(2, 0, dtype=torch.long),
         weights=torch.zeros(2, 0),
         valid=torch.zeros(2, 0, dtype=torch.bool),
         droppable=torch.zeros(2, 0, dtype=torch.bool),
-        pixels=pixels(3),
+        pixels=images,
         tasks=["image", "image"],
         keys=["a", "b"],
     )
+
+
+def test_the_share_of_used_codes_is_reported():
+    model = vq.VQ(vq.Config(image_size=32, widths=(8, 8), blocks=0, levels=(5, 4)), generator=rng.generator(0))
+    losses = Autoencoding()(model, batch_of(pixels(3)), rng.generator(0))
+    total, count = losses.terms["usage"]
+    assert float(total) / count == pytest.approx(len(model.encode(pixels(3)).unique()) / 20)
+
+
+def test_the_term_is_added_with_its_weight(perceptual):
+    model = vq.VQ(vq.Config(image_size=32, widths=(8, 8), blocks=0, levels=(5, 4)), generator=rng.generator(0))
+    batch = batch_of(pixels(3))
     source = rng.generator(0)
     with torch.no_grad():
         plain = Autoencoding()(model, batch, source).total
