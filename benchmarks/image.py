@@ -1,4 +1,4 @@
-"""Sampling and training of eMIGM beside a plain transcription of the published loop, on the same random weights.
+"""Sampling, decoding and training of eMIGM beside a plain transcription of the published loop, same random weights.
 
 Run: ``python -m benchmarks.image [SIZE [BATCH [STEPS]]]`` (default xsmall-256, 2 images, 16 steps). Both sides run in
 one process, in turn; times are processor seconds, so that other work on the machine does not count. Ratios are
@@ -16,10 +16,12 @@ import torch
 
 from benchmarks.published_emigm import PublishedSampler, training_step
 from mmdiff import rng
+from mmdiff.config import parse
 from mmdiff.diffusion.gaussian import Process
 from mmdiff.diffusion.guidance import GuidanceSchedule
 from mmdiff.models.emigm import SIZES
 from mmdiff.models.registry import build
+from mmdiff.models.vae import Config as VaeConfig
 from mmdiff.sampling import DpmSolver, Independent, LatentBackbone, Random, decode, latent_canvas
 from mmdiff.training.optim import EMA, OptimConfig
 from mmdiff.training.optim import build as build_optimizer
@@ -38,6 +40,16 @@ def seconds(work: Callable[[], Any]) -> float:
     return min(times)
 
 
+def decoding(size: int, batch: int) -> tuple[float, float]:
+    """Processor seconds of latents to pixels: as our pipelines hold the autoencoder, and as it is built."""
+    vae: Any = build(parse(VaeConfig, {"image_size": size}, "benchmark"), generator=rng.generator(0, "vae")).eval()
+    latents = torch.randn(batch, vae.config.channels, vae.config.grid, vae.config.grid, generator=rng.generator(0))
+    with torch.inference_mode():
+        theirs = seconds(lambda: vae.decode(latents))
+        vae.to(memory_format=torch.channels_last)
+        return seconds(lambda: vae.decode(latents)), theirs
+
+
 def report(name: str, ours: float, theirs: float, images: int) -> None:
     """One line."""
     print(
@@ -46,7 +58,7 @@ def report(name: str, ours: float, theirs: float, images: int) -> None:
 
 
 def sampling(model: Any, batch: int, steps: int) -> None:
-    """The network and its head; no autoencoder on either side."""
+    """The network and its head alone, then with the autoencoder (KL-16) that makes pixels of the latents."""
     labels, draw = torch.arange(batch), rng.generator(0, "benchmark")
     draws = {
         "uniform": lambda n: torch.rand(n, generator=draw),
@@ -71,7 +83,11 @@ def sampling(model: Any, batch: int, steps: int) -> None:
     def theirs() -> None:
         published.sample(labels, steps, HEAD_STEPS, GUIDANCE, *INTERVAL, draws)
 
-    report("sampling", seconds(ours), seconds(theirs), batch)
+    mine, other = seconds(ours), seconds(theirs)
+    report("sampling", mine, other, batch)
+    if c.token_channels == 16:
+        mine_decoding, other_decoding = decoding(16 * c.grid, batch)
+        report("sampling and decoding", mine + mine_decoding, other + other_decoding, batch)
 
 
 def training(model: Any, batch: int) -> None:
