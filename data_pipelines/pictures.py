@@ -22,7 +22,7 @@ from mmdiff.images import Limits, cut, decode, views_of
 from .reader import Sample
 from .transforms import PixelCache, Pixels
 
-__all__ = ["Picture", "PictureSizes", "Pictures"]
+__all__ = ["NO_PICTURE", "Picture", "PictureSizes", "Pictures"]
 
 _ORIENTATION, _LYING = 0x0112, (5, 6, 7, 8)
 
@@ -38,6 +38,10 @@ class Picture:
 
     slots: tuple[int, ...]
     given: dict[str, Any]
+
+
+NO_PICTURE = Picture((), {})
+"""Of a sequence without images."""
 
 
 class Pictures:

@@ -22,8 +22,8 @@ from mmdiff.text import Tokenizer, from_llava
 from .code_tasks import BehindCodes, DrawnCodes, PicturelessTokenizer
 from .contents import caption_of, codes_of, instructions, questions, texts
 from .conversations import read_conversation
-from .latents import LatentTask, PromptedTask
-from .pictures import Picture, Pictures
+from .latents import LatentTask, PromptedTask, read_latents
+from .pictures import NO_PICTURE, Picture, Pictures
 from .reader import Sample
 from .transforms import PixelCache
 
@@ -79,8 +79,7 @@ def _as_codes(options: Any, tokenizer: Any, layout: Layout) -> Task:
 
 
 def _no_picture(sample: Sample, generator: torch.Generator) -> Picture:
-    nothing: Any = ()  # its codes take no slots in the conversation
-    return Picture(nothing, {})
+    return NO_PICTURE  # its codes take no slots in the conversation
 
 
 class _Task:
@@ -233,7 +232,7 @@ class _Chat(_Task):
         images = sum(part["type"] == "image" for m in messages for part in m["content"])
         if images and not self.layout.features:
             raise ConfigError("task 'chat': the data holds images, but this model does not see any")
-        picture = self.picture(sample, generator, range(images)) if images else Picture((), {})
+        picture = self.picture(sample, generator, range(images)) if images else NO_PICTURE
         if self.options.labels == "published":
             return self.published(sample, picture)
         if self.options.system:
@@ -255,17 +254,27 @@ class _Chat(_Task):
 
 class _TextToImage(_Task):
     def __call__(self, sample: Sample, generator: torch.Generator) -> Example:
-        return self.draw(sample, [_said("user", self.said(sample, generator))])
+        return self.draw(sample, [_said("user", self.said(sample, generator))], generator)
 
     def said(self, sample: Sample, generator: torch.Generator) -> str:
         """What is to be drawn."""
         return caption_of(sample, self.options, generator)
 
-    def draw(self, sample: Sample, messages: Sequence[Mapping[str, Any]], shown: Picture | None = None) -> Example:
-        """A prompt, about a picture or not, and the codes of its image."""
-        codes, (slots, given) = codes_of(sample, self.layout), ((), {}) if shown is None else (shown.slots, shown.given)
-        prompt = self.tokenizer.chat(messages, slots)
-        ids = prompt.ids + (codes + self.layout.code_offset).tolist()
+    def draw(
+        self,
+        sample: Sample,
+        messages: Sequence[Mapping[str, Any]],
+        generator: torch.Generator,
+        shown: Picture = NO_PICTURE,
+    ) -> Example:
+        """A prompt, about a picture or not, and the tokens of the image to be drawn."""
+        given, prompt = dict(shown.given), self.tokenizer.chat(messages, shown.slots)
+        if self.layout.latents:
+            given["latents"] = read_latents(sample, self.layout.latents, False, generator)
+            drawn = [self.layout.code_offset] * self.layout.codes
+        else:
+            drawn = (codes_of(sample, self.layout) + self.layout.code_offset).tolist()
+        ids = prompt.ids + drawn
         return self.example(sample, ids, {(len(prompt.ids), len(ids)): 1.0}, droppable=prompt.user_span, **given)
 
 
@@ -291,7 +300,7 @@ class _Edit(_TextToImage):
         if not sources:
             raise SampleError("missing_image", f"{sample}: no image2 that the picture could be made from")
         picture = self.picture(sample, generator, (_pick(sources, generator),))
-        return self.draw(sample, _about_image(instruction), picture)
+        return self.draw(sample, _about_image(instruction), generator, picture)
 
 
 class _Text(_Task):

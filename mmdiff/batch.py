@@ -1,10 +1,11 @@
 """One training sample and one batch, as tensors: the common tongue of data, objectives and models.
 
-A sequence is one row of ids in which three kinds of slots stand side by side:
+A sequence is one row of ids in which these kinds of slots stand side by side:
 
 * text: ids 0 .. V-1 of the tokenizer;
 * vision features: `IMAGE` (-200), one slot per feature token of the vision tower, filled in row-major order;
-* image codes: ids V .. V+K-1 for code 0 .. K-1, and V+K for a masked code (`Layout.code_offset` is V).
+* image codes: ids V .. V+K-1 for code 0 .. K-1, and V+K for a masked code (`Layout.code_offset` is V);
+* continuous image tokens: id V, and V+1 for a masked one (K is 1); their values are beside the ids.
 
 `Example.labels` says what is to be learnt where (`IGNORE` elsewhere). Nothing here draws, masks or decodes.
 """
@@ -94,7 +95,8 @@ class Example:
         weights: Float32 [L]; weight of a labelled position in the loss.
         droppable: Bool [L]; prompt positions that are masked when the condition is dropped (for guidance).
         pixels: Float32 [M, 3, S, S] in [-1, 1]: the images of the `IMAGE` slots, in order, or the image to learn.
-        latents: Float32 [C, h, w], or int64 codes [1, h, w]: the image of a class-conditional model, encoded.
+        latents: Float32 [C, h, w], or int64 codes [1, h, w]: the image of a class-conditional model, encoded, or the
+            values of the slots of continuous tokens.
         cls: Number of the image's class; None if it has none.
         images: `mmdiff.images.Crops` of each image of the `IMAGE` slots instead, for models with a tiling.
         text: What is said of the image, for a text encoder beside the network.
@@ -206,7 +208,8 @@ class Batch:
         droppable: Bool [B, L].
         valid: Bool [B, L]; True = real slot.
         pixels: Float32 [M, 3, S, S], the images of all rows in order; None if there are none.
-        latents: Float32 [B, C, h, w] or int64 [B, 1, h, w], the encoded images; None if there are none.
+        latents: Float32 [B, C, h, w] or int64 [B, 1, h, w], the encoded images, zeros in rows that have none; None if
+            there are none at all.
         classes: Int64 [B], numbers of their classes; None if there are none.
         images: Per row its images as `mmdiff.images.Crops`, instead of ``pixels``; empty if there are none at all.
         t: Float32 [B], times of the rows if they were drawn for a whole step; None if the objective draws them.
@@ -265,7 +268,8 @@ def collate(examples: Sequence[Example]) -> Batch:
         return out
 
     pixels = [e.pixels for e in examples if e.pixels is not None]
-    latents = [e.latents for e in examples if e.latents is not None]
+    like = next((e.latents for e in examples if e.latents is not None), None)
+    latents = [] if like is None else [torch.zeros_like(like) if e.latents is None else e.latents for e in examples]
     classes = [e.cls for e in examples if e.cls is not None]
     texts = [e.text for e in examples if e.text is not None]
     return Batch(

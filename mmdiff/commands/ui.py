@@ -102,7 +102,9 @@ class Studio:
             def passed(pipeline: Any, step: int, share: float, state: dict[str, Any]) -> None:
                 show(self._sketch(state["tokens"]))
 
-            return painter(prompts=prompt, seeds=int(seed), callback_on_step_end=passed, **words).images[0]
+            # Half-drawn continuous tokens show nothing.
+            watch = None if self.pipeline.checkpoint.layout.latents else passed
+            return painter(prompts=prompt, seeds=int(seed), callback_on_step_end=watch, **words).images[0]
 
         yield from _growing(paint)
 

@@ -21,6 +21,7 @@ from mmdiff.config import Field, config
 from mmdiff.errors import ConfigError
 from mmdiff.models.base import PretrainedModule
 from mmdiff.models.diffusion_head import DiffusionHead
+from mmdiff.nn.patches import fold, unfold
 from mmdiff.nn.vit import ViTBlock, take
 
 __all__ = ["EMIGM", "SIZES", "Config", "Known", "TransformerConfig"]
@@ -270,13 +271,11 @@ class EMIGM(PretrainedModule):
 
     def patchify(self, latents: Float[Tensor, "B c h w"]) -> Float[Tensor, "B N C"]:
         """Tokens of latents: positions row-major; in a token channel first, then row, then column of the patch."""
-        p = self.config.patch
-        return nn.functional.unfold(latents, p, stride=p).transpose(1, 2)
+        return unfold(latents, self.config.patch)
 
     def unpatchify(self, tokens: Float[Tensor, "B N C"]) -> Float[Tensor, "B c h w"]:
         """Latents of tokens."""
-        c = self.config
-        return nn.functional.fold(tokens.transpose(1, 2), (c.grid, c.grid), c.patch, stride=c.patch)
+        return fold(tokens, self.config.grid, self.config.patch)
 
     @torch.no_grad()
     def init_(self, generator: torch.Generator) -> EMIGM:

@@ -1,7 +1,9 @@
-"""One model that understands and draws: LLaDA-V whose sequences may also hold discrete image tokens.
+"""One model that understands and draws: LLaDA-V whose sequences may also hold image tokens.
 
 Image codes have their own embedding, learned 2-D positions and their own head (a MaskGIT head) on the shared backbone;
-ids V .. V+K-1 stand for codes and V+K for the masked code, so one canvas of ids describes any mixture.
+ids V .. V+K-1 stand for codes and V+K for the masked code, so one canvas of ids describes any mixture. Instead of codes
+a model may draw continuous tokens with a diffusion head (`mmdiff.models.latent_tokens`): then id V stands for a known
+token, whose numbers come beside the ids, and V+1 for a masked one.
 
 Source: the layout follows LaViDa-O (arXiv 2509.19244: separate embedding, head and mask for image codes) and MMaDA
 (arXiv 2505.15809: codes are ids behind the text vocabulary); the head is MaskGIT's (arXiv 2202.04200).
@@ -11,18 +13,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from mmdiff.batch import Layout
 from mmdiff.config import Field, config
 from mmdiff.errors import ConfigError
 from mmdiff.images import Tiling
+from mmdiff.models.diffusion_head import DiffusionHead
+from mmdiff.models.latent_tokens import LatentTokens, LatentTokensConfig
 from mmdiff.models.llada import Config as LanguageConfig
-from mmdiff.models.llada_v import EMBEDDING_STD, LLaDAV
+from mmdiff.models.llada_v import EMBEDDING_STD, Images, LLaDAV
 from mmdiff.models.vision import Config as VisionConfig
 
 __all__ = ["CodesConfig", "Config", "Unified"]
@@ -48,6 +52,11 @@ class CodesConfig:
         if self.levels and math.prod(self.levels) != self.codebook:
             raise ConfigError(f"codes.levels {self.levels} make {math.prod(self.levels)} codes, not {self.codebook}")
 
+    @property
+    def side(self) -> int:
+        """Tokens per side."""
+        return self.grid
+
 
 @config
 class Config:
@@ -59,8 +68,10 @@ class Config:
     """The backbone."""
     vision: VisionConfig
     """The tower that reads images."""
-    codes: CodesConfig
-    """The image tokens that are drawn."""
+    codes: CodesConfig | None = None
+    """The discrete image tokens that are drawn; give these or ``latents``."""
+    latents: LatentTokensConfig | None = None
+    """The continuous image tokens that are drawn instead."""
     pool: int = Field(1, gt=0)
     """Side of the squares of image features that are averaged into one token before the connector, as LLaDA-V does with
     video frames; 1 keeps all. A fine patch with pooling sees small things and stays cheap for the backbone."""
@@ -72,6 +83,8 @@ class Config:
     """Longest sequence after images are expanded; longer ones are cut. Null: never."""
 
     def __post_init__(self) -> None:
+        if (self.codes is None) == (self.latents is None):
+            raise ConfigError("give codes (discrete image tokens) or latents (continuous ones), and not both")
         if self.vision.grid % self.pool:
             raise ConfigError(f"pool {self.pool} does not divide the vision tower's grid of {self.vision.grid}")
         if self.tiling is not None:
@@ -79,10 +92,21 @@ class Config:
                 raise ConfigError(f"pool {self.pool} and tiling exclude each other; set pool to 1 or tiling to null")
             self.tiling.canvases(self.vision.image_size)
 
+    @property
+    def image_tokens(self) -> CodesConfig | LatentTokensConfig:
+        """Those that are drawn."""
+        drawn = self.latents if self.codes is None else self.codes
+        assert drawn is not None  # one of them is given
+        return drawn
+
     def with_width(self, width: int) -> Config:
-        """The same model with a backbone of another width; the tower is scaled by the same ratio."""
+        """The same model with a backbone of another width; tower and diffusion head are scaled by the same ratio."""
         tower = self.vision.with_width(self.vision.width * width // self.language.width)
-        return dataclasses.replace(self, language=self.language.with_width(width), vision=tower)
+        latents = self.latents
+        if latents is not None:
+            head = max(1, latents.head_width * width // self.language.width)
+            latents = dataclasses.replace(latents, head_width=head)
+        return dataclasses.replace(self, language=self.language.with_width(width), vision=tower, latents=latents)
 
     def with_depth(self, depth: int) -> Config:
         """The same model with a backbone of ``depth`` blocks."""
@@ -160,7 +184,7 @@ def _digits(levels: tuple[int, ...], codebook: int) -> Float[Tensor, "K _"]:
 
 
 class Unified(LLaDAV):
-    """LLaDA-V with image codes in its sequences.
+    """LLaDA-V with image tokens in its sequences.
 
     Args:
         config: Sizes.
@@ -171,16 +195,26 @@ class Unified(LLaDAV):
 
     def __init__(self, config: Config, *, generator: torch.Generator | None = None) -> None:
         super().__init__(config, generator=generator)
-        self.codes = ImageCodes(config.codes, config.language.width)
+        width = config.language.width
+        self.codes = None if config.codes is None else ImageCodes(config.codes, width)
+        self.latents = None if config.latents is None else LatentTokens(config.latents, width)
         if generator is not None:
-            self.codes.init_(generator)
+            if self.codes is not None:
+                self.codes.init_(generator)
+            if self.latents is not None:
+                self.latents.init_(generator, EMBEDDING_STD)
             # Vision features enter at unit scale; text at LLaDA's 1/sqrt(D) would be drowned beside them.
             nn.init.normal_(self.language.embed_tokens.weight, 0.0, EMBEDDING_STD, generator=generator)
 
     def layout(self) -> Layout:
         """What this model expects of a sequence."""
-        codes, features = self.config.codes, self.config.vision.tokens // self.config.pool**2
-        return dataclasses.replace(super().layout(), features=features, codes=codes.grid**2, codebook=codes.codebook)
+        c = self.config
+        told: dict[str, Any] = {"features": c.vision.tokens // c.pool**2, "codes": c.image_tokens.side**2}
+        if c.latents is not None:
+            told |= {"codebook": 1, "latents": (c.latents.channels, c.latents.grid, c.latents.grid)}
+        elif c.codes is not None:
+            told["codebook"] = c.codes.codebook
+        return dataclasses.replace(super().layout(), **told)
 
     def features(self, pixels: Float[Tensor, "M 3 S S"]) -> Float[Tensor, "M N D"]:
         """Connected features of M images in [-1, 1], N per image after pooling, in the backbone's width."""
@@ -200,22 +234,59 @@ class Unified(LLaDAV):
         """
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-        codes = self.config.codes
-        if codes.rotary == "sequence":
+        drawn = self.config.image_tokens
+        if drawn.rotary == "sequence":
             return positions
-        is_code = ids >= self.config.language.vocab_size
-        number = (is_code.long().cumsum(1) - 1) % codes.grid**2
+        is_drawn, number = self._is_drawn(ids), self.number(ids)
         start = positions - number
-        axes = torch.stack((start + number // codes.grid, start + number % codes.grid), -1)
-        return torch.where(is_code[..., None], axes, positions[..., None])
+        axes = torch.stack((start + number // drawn.side, start + number % drawn.side), -1)
+        return torch.where(is_drawn[..., None], axes, positions[..., None])
+
+    def number(self, ids: Int[Tensor, "B L"]) -> Int[Tensor, "B L"]:
+        """Place of each image token within its image, row-major; images are whole. Elsewhere it means nothing."""
+        return (self._is_drawn(ids).long().cumsum(1) - 1) % self.config.image_tokens.side**2
 
     def code_head(self, hidden: Float[Tensor, "*B D"]) -> Float[Tensor, "*B K"]:
         """Image-code logits of hidden states."""
+        assert self.codes is not None  # a model with continuous tokens has `head` instead
         return self.codes(hidden)
 
+    @property
+    def head(self) -> DiffusionHead:
+        """Draws continuous tokens from conditions; each token on its own."""
+        assert self.latents is not None  # a model with codes has `code_head` instead
+        return self.latents.head
+
+    def embed_slots(
+        self, ids: Int[Tensor, "B L"], images: Images | None = None, values: Float[Tensor, "B L C"] | None = None
+    ) -> Float[Tensor, "B L D"]:
+        """As `mmdiff.models.llada_v.LLaDAV.embed_slots`, with continuous tokens.
+
+        Args:
+            ids: Int64 [B, L]; images that are drawn are whole.
+            images: The images that are read.
+            values: Continuous tokens at the slots of ids from V on; those of masked ones do not matter.
+
+        Raises:
+            ConfigError: There are such slots, and no values.
+        """
+        embeds, drawn = super().embed_slots(ids, images), self._is_drawn(ids)
+        if self.latents is None or not bool(drawn.any()):
+            return embeds
+        if values is None:
+            raise ConfigError(f"{int(drawn.sum())} slots of continuous image tokens, and no values for them")
+        known = ids[drawn] == self.config.language.vocab_size
+        tokens = self.latents.embed(values[drawn], known, self.number(ids)[drawn])
+        return embeds.masked_scatter(drawn[..., None], tokens.to(embeds.dtype))
+
+    def _is_drawn(self, ids: Int[Tensor, "*B"]) -> Bool[Tensor, "*B"]:
+        return ids >= self.config.language.vocab_size
+
     def _embed_ids(self, ids: Int[Tensor, "*B"]) -> Float[Tensor, "*B D"]:
-        is_code = ids >= self.config.language.vocab_size
+        is_code = self._is_drawn(ids)
         embeds = self.language.embed_tokens(ids.masked_fill(is_code, 0))
+        if self.codes is None:
+            return embeds
         codes = ids[is_code] - self.config.language.vocab_size
         return embeds.masked_scatter(is_code[..., None], self.codes.embed(codes).to(embeds.dtype))
 

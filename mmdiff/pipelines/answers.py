@@ -29,8 +29,9 @@ def place_images(canvas: Canvas, model: Any, images: Sequence[Any] | None) -> Ca
     given = canvas.tokens == IMAGE
     if not images or not bool(given.any()):
         return canvas
+    values = {} if canvas.values is None else {"values": canvas.values}
     with torch.no_grad():
-        canvas.embeds = model.embed_slots(canvas.tokens, images)
+        canvas.embeds = model.embed_slots(canvas.tokens, images, **values)
     canvas.given = given
     canvas.tokens = canvas.tokens.masked_fill(given, 0)
     return canvas

@@ -18,12 +18,31 @@ from mmdiff.pipelines.base import Checkpoint
 from mmdiff.pipelines.drawing import Drawing, Frame, Job, words_of
 from mmdiff.pipelines.flow import FlowPainter
 from mmdiff.pipelines.words import generated, share_left
-from mmdiff.sampling import Canvas, CodeBackbone, Decoded, LatentBackbone, Step, decode, latent_canvas, layout
+from mmdiff.sampling import (
+    Canvas,
+    CodeBackbone,
+    Decoded,
+    LatentBackbone,
+    PromptedLatents,
+    Step,
+    decode,
+    latent_canvas,
+    layout,
+)
 from mmdiff.sampling.image_presets import code_parts, latent_parts
 from mmdiff.sampling.maskgit import ClassCodeBackbone, class_canvas
 from mmdiff.sampling.presets import image_parts
 
-__all__ = ["ClassPainter", "EnginePainter", "LatentPainter", "Painter", "PromptPainter", "painter_of", "slots_of"]
+__all__ = [
+    "ClassPainter",
+    "EnginePainter",
+    "LatentPainter",
+    "Painter",
+    "PromptLatentPainter",
+    "PromptPainter",
+    "painter_of",
+    "slots_of",
+]
 
 
 class Painter(Protocol):
@@ -119,7 +138,8 @@ def painter_of(checkpoint: Checkpoint) -> Painter:
 
         return ScriptPainter(checkpoint)
     kinds: dict[str, Any] = {"emigm": LatentPainter, "maskgit": ClassPainter, "dit": FlowPainter, "mmdit": FlowPainter}
-    return kinds.get(family, PromptPainter)(checkpoint)
+    prompted = PromptLatentPainter if checkpoint.layout.latents else PromptPainter
+    return kinds.get(family, prompted)(checkpoint)
 
 
 class PromptPainter(EnginePainter):
@@ -149,10 +169,9 @@ class PromptPainter(EnginePainter):
         chats = [prompter.conversation(about(i, text)) for i, text in zip(shown, job.subjects, strict=True)]
         # As in training, guidance drops what the user said and keeps the frame around it, and pictures.
         drop = [[i in range(*c.user_span) and slot != IMAGE for i, slot in enumerate(c.ids)] for c in chats]
-        known = torch.zeros_like(job.open, dtype=torch.long) if job.known is None else job.known.cpu()
         rows = [
             [None if is_open else code for code, is_open in zip(row, flags, strict=True)]
-            for row, flags in zip((known + shape.code_offset).tolist(), job.open.tolist(), strict=True)
+            for row, flags in zip(self.ids(job).tolist(), job.open.tolist(), strict=True)
         ]
         canvas = layout(
             [c.ids for c in chats],
@@ -162,7 +181,16 @@ class PromptPainter(EnginePainter):
             droppable=drop,
             device=self.checkpoint.device,
         )
+        self.put_values(canvas, job)
         return place_images(canvas, self.checkpoint.model, [image for c in chats for image in c.images])
+
+    def ids(self, job: Job) -> Int[Tensor, "B N"]:
+        """Ids of the picture's slots; open ones may hold anything."""
+        known = torch.zeros_like(job.open, dtype=torch.long) if job.known is None else job.known.cpu()
+        return known + self.offset
+
+    def put_values(self, canvas: Canvas, job: Job) -> None:
+        """Fill in what ids do not tell: of codes nothing."""
 
     def parts(self, canvas: Canvas, drawn: Any, words: dict[str, Any]) -> dict[str, Any]:
         """See `mmdiff.sampling.presets.image_parts`."""
@@ -175,6 +203,55 @@ class PromptPainter(EnginePainter):
     def pixels(self, result: Int[Tensor, "B h w"]) -> Float[Tensor, "B 3 S S"]:
         """Images of codes."""
         return self.checkpoint.image_tokenizer.decode(result)
+
+
+class PromptLatentPainter(PromptPainter):
+    """Continuous tokens of a network that reads texts.
+
+    Raises:
+        CheckpointError: The autoencoder has other latents than the network draws.
+    """
+
+    words = words_of(latent_parts)
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint, self.model = checkpoint, _any(checkpoint.model)
+        shape = self.model.config.latents
+        _check_latents(checkpoint, shape.channels, shape.grid)
+        self.grid = shape.side
+        self.size, self.cells, self.offset = _size(checkpoint), _ALL, checkpoint.layout.code_offset
+        self.backbone = PromptedLatents(checkpoint.model)
+
+    def encode(self, pixels: Float[Tensor, "B 3 S S"]) -> Float[Tensor, "B N C"]:
+        """Tokens of images."""
+        return self.model.latents.patchify(self.checkpoint.image_tokenizer.encode(pixels))
+
+    def ids(self, job: Job) -> Int[Tensor, "B N"]:
+        """They only say that a slot is known."""
+        return torch.full_like(job.open, self.offset, dtype=torch.long)
+
+    def put_values(self, canvas: Canvas, job: Job) -> None:
+        """The known tokens."""
+        values = torch.zeros(*canvas.tokens.shape, self.model.config.latents.token_channels)
+        if job.known is not None:
+            values[:, canvas.start :] = job.known.masked_fill(job.open.to(job.known.device)[..., None], 0).cpu()
+        canvas.values = values.to(self.checkpoint.device)
+
+    def parts(self, canvas: Canvas, drawn: Any, words: dict[str, Any]) -> dict[str, Any]:
+        """See `mmdiff.sampling.image_presets.latent_parts`; all passes are guided unless an interval is given."""
+        told: dict[str, Any] = {"guidance_interval": (0.0, 1.0), **words}
+        tokens = self.backbone.tokens
+        return latent_parts(
+            slots=slots_of(canvas), rows=len(canvas), tokens=tokens, source=drawn, start=canvas.start, **told
+        )
+
+    def result(self, decoded: Decoded) -> Float[Tensor, "B C h w"]:
+        """Latents in the network's scale."""
+        return self.model.latents.unpatchify(_values(decoded))
+
+    def pixels(self, result: Float[Tensor, "B C h w"]) -> Float[Tensor, "B 3 S S"]:
+        """Images of latents."""
+        return _of_latents(self.checkpoint, result)
 
 
 class ClassPainter(EnginePainter):
@@ -241,14 +318,7 @@ class LatentPainter(EnginePainter):
         self.grid: int = self.config.grid // self.config.patch
         self.size, self.cells = _size(checkpoint), _ALL
         self.backbone = LatentBackbone(checkpoint.model)
-        vae = checkpoint.image_tokenizer.config
-        have = (getattr(vae, "channels", None), getattr(vae, "grid", None))
-        if have != (self.config.channels, self.config.grid):
-            raise CheckpointError(
-                f"the network draws latents of {self.config.channels} channels, {self.config.grid} x "
-                f"{self.config.grid}, the autoencoder has {have[0]} channels, {have[1]} x {have[1]}: it is not the one "
-                "the network was trained with"
-            )
+        _check_latents(checkpoint, self.config.channels, self.config.grid)
 
     def encode(self, pixels: Float[Tensor, "B 3 S S"]) -> Float[Tensor, "B N C"]:
         """Tokens of images."""
@@ -268,17 +338,35 @@ class LatentPainter(EnginePainter):
 
     def result(self, decoded: Decoded) -> Float[Tensor, "B C h w"]:
         """Latents in the network's scale."""
-        if decoded.values is None:
-            raise ConfigError("the canvas holds no values")
-        return self.model.unpatchify(decoded.values.float())
+        return self.model.unpatchify(_values(decoded))
 
     def pixels(self, result: Float[Tensor, "B C h w"]) -> Float[Tensor, "B 3 S S"]:
         """Images of latents."""
-        vae = self.checkpoint.image_tokenizer
-        return vae.decode(result.to(next(vae.parameters()).dtype)).float()
+        return _of_latents(self.checkpoint, result)
 
 
 _ALL = slice(None)
+
+
+def _check_latents(checkpoint: Checkpoint, channels: int, grid: int) -> None:
+    vae = checkpoint.image_tokenizer.config
+    have = (getattr(vae, "channels", None), getattr(vae, "grid", None))
+    if have != (channels, grid):
+        raise CheckpointError(
+            f"the network draws latents of {channels} channels, {grid} x {grid}, the autoencoder has {have[0]} "
+            f"channels, {have[1]} x {have[1]}: it is not the one the network was trained with"
+        )
+
+
+def _values(decoded: Decoded) -> Float[Tensor, "B N C"]:
+    if decoded.values is None:
+        raise ConfigError("the canvas holds no values")
+    return decoded.values.float()
+
+
+def _of_latents(checkpoint: Checkpoint, latents: Float[Tensor, "B C h w"]) -> Float[Tensor, "B 3 S S"]:
+    vae = checkpoint.image_tokenizer
+    return vae.decode(latents.to(next(vae.parameters()).dtype)).float()
 
 
 def _size(checkpoint: Checkpoint) -> int:

@@ -7,7 +7,7 @@ from mmdiff.sampling.blocks import Fixed, Whole
 from mmdiff.sampling.caches import Cache, DllmCache, Dual, MaxLogit, Prefix
 from mmdiff.sampling.canvas import Backbone, Canvas, CodeBackbone, TextBackbone, layout
 from mmdiff.sampling.constraints import Constraint
-from mmdiff.sampling.continuous import LatentBackbone, latent_canvas
+from mmdiff.sampling.continuous import LatentBackbone, PromptedLatents, latent_canvas
 from mmdiff.sampling.credit import Credit
 from mmdiff.sampling.editors import T2T, Remask
 from mmdiff.sampling.exits import Eos, Stop
@@ -76,6 +76,7 @@ __all__ = [
     "Ordered",
     "Pass",
     "Prefix",
+    "PromptedLatents",
     "Proposal",
     "Quota",
     "Random",

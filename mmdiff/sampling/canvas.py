@@ -19,7 +19,7 @@ from mmdiff.batch import places
 from mmdiff.errors import ConfigError
 from mmdiff.nn.store import Store
 
-__all__ = ["Backbone", "Canvas", "CodeBackbone", "TextBackbone", "as_backbone", "layout"]
+__all__ = ["Backbone", "Canvas", "CodeBackbone", "TextBackbone", "as_backbone", "inputs", "layout", "options"]
 
 
 @dataclass
@@ -244,10 +244,10 @@ class TextBackbone:
         compute: Int[Tensor, "B n"] | None = None,
     ) -> Float[Tensor, "B q V"]:
         """Text logits at ``index``; the head runs there only."""
-        options = _options(self.model, canvas, index, store, compute)
+        told = options(self.model, canvas, index, store, compute)
         if canvas.embeds is None and not hasattr(self.model, "embed_slots"):
-            return self.model(canvas.tokens, **options)
-        return self.model(embeds=_inputs(self.model, canvas), **options)
+            return self.model(canvas.tokens, **told)
+        return self.model(embeds=inputs(self.model, canvas), **told)
 
 
 class CodeBackbone:
@@ -270,7 +270,7 @@ class CodeBackbone:
     ) -> Float[Tensor, "B q K"]:
         """Code logits at ``index``; the head runs there only."""
         hidden = self.model.hidden(
-            embeds=_inputs(self.model, canvas), **_options(self.model, canvas, index, store, compute)
+            embeds=inputs(self.model, canvas), **options(self.model, canvas, index, store, compute)
         )
         return self.model.code_head(hidden)
 
@@ -290,18 +290,26 @@ def as_backbone(model: Any) -> Backbone:
     )
 
 
-def _options(model: Any, canvas: Canvas, index: Tensor, store: Store | None, compute: Tensor | None) -> dict[str, Any]:
-    options: dict[str, Any] = {
+def options(
+    model: Any,
+    canvas: Canvas,
+    index: Int[Tensor, "B q"],
+    store: Store | None = None,
+    compute: Int[Tensor, "B n"] | None = None,
+) -> dict[str, Any]:
+    """Arguments of a network beside its inputs; see `Backbone.forward`."""
+    told: dict[str, Any] = {
         "valid": canvas.valid,
         "positions": places(model, canvas.tokens, canvas.positions),
         "head_index": index,
     }
-    return options if store is None else {**options, "store": store, "index": compute}
+    return told if store is None else {**told, "store": store, "index": compute}
 
 
-def _inputs(model: Any, canvas: Canvas) -> Float[Tensor, "B T D"]:
+def inputs(model: Any, canvas: Canvas) -> Float[Tensor, "B T D"]:
+    """Input embeddings of a canvas."""
     embed = model.embed_slots if hasattr(model, "embed_slots") else model.embed_tokens
-    looked_up = embed(canvas.tokens)
+    looked_up = embed(canvas.tokens) if canvas.values is None else embed(canvas.tokens, values=canvas.values)
     if canvas.embeds is None or canvas.given is None:
         return looked_up
     return torch.where(canvas.given[..., None], canvas.embeds.to(looked_up.dtype), looked_up)

@@ -1,7 +1,7 @@
 """Continuous image tokens in the decoding loop: a pass that first chooses slots and then draws their values.
 
 There is no confidence to choose by, so the choice comes first; the network's last block and the head then run for the
-chosen slots only. The class of a row stands in a frozen slot before the image; guidance drops it.
+chosen slots only. What a row is about stands before the image, a class in one slot or a prompt; guidance drops it.
 
 Source: MAR (arXiv 2406.11838); eMIGM (arXiv 2503.07197).
 """
@@ -20,7 +20,7 @@ from torch import Tensor
 from mmdiff.diffusion.guidance import GuidanceSchedule
 from mmdiff.diffusion.mask_schedules import sampling_times
 from mmdiff.errors import ConfigError
-from mmdiff.sampling.canvas import Canvas
+from mmdiff.sampling.canvas import Canvas, inputs, options
 from mmdiff.sampling.guidance import without_condition
 from mmdiff.sampling.heads import Conditions, DpmSolver, Noise, TokenSolver
 from mmdiff.sampling.ledger import Row
@@ -30,7 +30,7 @@ from mmdiff.sampling.schedules import Schedule
 from mmdiff.sampling.selectors import Selector, Turn
 from mmdiff.sampling.trace import Done, Pass
 
-__all__ = ["LatentBackbone", "LatentPass", "latent_canvas"]
+__all__ = ["LatentBackbone", "LatentPass", "PromptedLatents", "latent_canvas"]
 
 _UNDECIDED, _DECIDED = -1, -2
 """Ids in ``tokens`` of image slots; class numbers are never negative."""
@@ -43,12 +43,19 @@ class LatentBackbone:
         model: `mmdiff.models.emigm.EMIGM`, or a network with its ``condition`` and ``head``.
     """
 
-    mask_id = _UNDECIDED
+    mask_id: int = _UNDECIDED
+    decided_id: int = _DECIDED
     offset = 0
 
     def __init__(self, model: Any) -> None:
         self.model = model
         self.null_id: int = model.config.classes
+        self.tokens: int = model.config.tokens
+
+    @property
+    def head(self) -> Any:
+        """Draws tokens from conditions."""
+        return self.model.head
 
     def forward(
         self, canvas: Canvas, index: Int[Tensor, "B q"], counts: tuple[int, int] | None = None
@@ -63,6 +70,27 @@ class LatentBackbone:
             index=index - start,
             counts=counts,
         )
+
+
+class PromptedLatents(LatentBackbone):
+    """Continuous tokens behind a prompt of text, perhaps with pictures in it.
+
+    Args:
+        model: A `mmdiff.models.unified.Unified` that draws continuous tokens.
+    """
+
+    def __init__(self, model: Any) -> None:
+        shape = model.layout()
+        self.model, self.tokens = model, shape.codes
+        self.mask_id, self.decided_id = shape.code_mask_id, shape.code_offset
+        self.null_id = model.config.language.mask_id
+
+    def forward(
+        self, canvas: Canvas, index: Int[Tensor, "B q"], counts: tuple[int, int] | None = None
+    ) -> Float[Tensor, "B q D"]:
+        """Conditions of the slots ``index``; the last norm runs there only."""
+        hidden = self.model.hidden(embeds=inputs(self.model, canvas), **options(self.model, canvas, index))
+        return self.model.latents.condition(hidden, self.model.number(canvas.tokens).gather(1, index))
 
 
 def latent_canvas(
@@ -170,11 +198,11 @@ class LatentPass:
         both = canvas.stack(without_condition(canvas, self.backbone.null_id)) if branches == 2 else canvas
         z = self.backbone.forward(both, index.repeat(branches, 1), (min(known), max(known)))
         conditions = self._conditions(z, counts, known, guided)
-        head = self.backbone.model.head
+        head = self.backbone.head
         drawn = self.solver.tokens(head, conditions, Noise(draw.source, counts, head.channels, z.device))
         values = drawn.new_zeros(*index.shape, head.channels)
         values.flatten(0, 1)[_places(counts, index.shape[1], z.device)] = drawn
-        canvas.write(index, commit, torch.full_like(index, _DECIDED), number)
+        canvas.write(index, commit, torch.full_like(index, self.backbone.decided_id), number)
         assert canvas.values is not None
         canvas.write_values(index, commit, values.to(canvas.values.dtype))
         slots = canvas.tokens.shape[1]
@@ -189,9 +217,8 @@ class LatentPass:
         given = z[:rows].flatten(0, 1)[places]
         if self.guidance is None or not any(guided):
             return Conditions(given)
-        tokens = self.backbone.model.config.tokens
         after = torch.tensor([k + n for k, n in zip(known, counts, strict=True)])
-        scale = torch.where(torch.tensor(guided), self.guidance.at(after, tokens), 1.0)
+        scale = torch.where(torch.tensor(guided), self.guidance.at(after, self.backbone.tokens), 1.0)
         each = scale.repeat_interleave(torch.tensor(counts)).float().to(z.device)
         return Conditions(given, z[rows:].flatten(0, 1)[places], each[:, None])
 

@@ -48,6 +48,7 @@ def latent_parts(
     rows: int,
     tokens: int,
     source: rng.Source,
+    start: int = 1,
     mar: bool = False,
     preset: str = "fast",
     compat: str | None = None,
@@ -70,6 +71,7 @@ def latent_parts(
         rows: B.
         tokens: N.
         source: Draws an order that is fixed beforehand.
+        start: Slots of the canvas before the image.
         mar: Whether the defaults are MAR's: cosine counts in a fixed random order, DDPM, guidance that grows.
         preset: ``exact`` the most steps that are published, ``fast`` 16 (MAR 64), ``turbo`` 8 (32).
         compat: ``"reference"``: all rows reveal as many tokens as the first, drawn from one generator.
@@ -101,7 +103,7 @@ def latent_parts(
     _known("guidance_schedule", guidance_schedule, (None, *RAMPS))
     ramp: Any = guidance_schedule or ("linear" if mar else "constant")
     return {
-        **_latent_order(order, compat, mask_schedule, passes, rows, tokens, source),
+        **_latent_order(order, compat, mask_schedule, passes, rows, tokens, source, start),
         "sampler": _solver(solver or ("ddpm" if mar else "dpm"), head_steps or head, temperature),
         "guidance": GuidanceSchedule(scale, ramp, (low, high), reserve=int(order == "mar")),
     }
@@ -187,16 +189,16 @@ def _code_order(order: str, passes: int, grid: int, noise: float) -> dict[str, A
 
 
 def _latent_order(
-    order: str, compat: str | None, gamma: Any, passes: int, rows: int, tokens: int, source: rng.Source
+    order: str, compat: str | None, gamma: Any, passes: int, rows: int, tokens: int, source: rng.Source, start: int
 ) -> dict[str, Any]:
     if compat == "reference" and order == "random":
         return {"selector": SharedReveal(gamma, passes)}
     if order == "random":
         return {"schedule": Independent(gamma, passes), "selector": Random()}
     if order == "mar":
-        return {"schedule": Cosine(passes), "selector": permuted(source, rows, tokens, start=1)}
+        return {"schedule": Cosine(passes), "selector": permuted(source, rows, tokens, start=start)}
     side = round(tokens**0.5)
-    return {"schedule": Cosine(passes), "selector": Ordered(halton_ranks(side, start=1))}
+    return {"schedule": Cosine(passes), "selector": Ordered(halton_ranks(side, start=start))}
 
 
 def _solver(name: str, steps: int, temperature: float) -> DpmSolver | Ddpm:

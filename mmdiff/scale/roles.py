@@ -84,7 +84,8 @@ def _llada_v(config: Any) -> Pattern:
 
 def _unified(config: Any) -> Pattern:
     language = _llada_v(config)
-    return replace(language, roles={**language.roles, "codes.head.weight": "output"})
+    head = "codes.head.weight" if config.latents is None else "latents.head.final_layer.linear.weight"
+    return replace(language, roles={**language.roles, head: "output"})
 
 
 def _maskgit(config: Any) -> Pattern:

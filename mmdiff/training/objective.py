@@ -30,6 +30,7 @@ from mmdiff.training.autoencoding import Autoencoding
 from mmdiff.training.block_diffusion import BlockDiffusion
 from mmdiff.training.certainty import CertaintyForcing
 from mmdiff.training.flow import Flow
+from mmdiff.training.latent_tokens import latent_losses, slot_values
 from mmdiff.training.losses import Losses, count_rows, row_sum
 from mmdiff.training.masked_codes import MaskedCodes
 from mmdiff.training.parallel.rows import of_everyone
@@ -68,6 +69,8 @@ class Masked:
     """Share of drawing samples whose prompt is masked, so that guidance has an unconditional branch."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     """Smoothing of the image-code targets."""
+    copies: int = Field(4, gt=0)
+    """Noise levels drawn per masked token and step, for networks with continuous image tokens."""
     masking: Literal["count", "independent"] = "count"
     """How answers are masked. count: l of L positions, l uniform, weight L / l; independent: each with probability
     p(t), weight 1 / p, as LLaDA published. Same expectation; for short answers the weights of count stay small."""
@@ -104,7 +107,9 @@ class Masked:
     def __call__(self, model: Any, batch: Batch, source: rng.Source) -> Losses:
         """Loss of text answers (LLaDA's SFT loss) plus loss of image codes (MaskGIT's)."""
         noised = _noise(self, model, batch, source)
-        embeds = model.embed_slots(noised.ids, _seen(batch))
+        values = slot_values(model, batch)
+        told = {} if values is None else {"values": values}
+        embeds = model.embed_slots(noised.ids, _seen(batch), **told)
         if self.complementary:
             return self._both_halves(model, batch, noised, embeds)
         hidden = _hidden(model, noised.ids, embeds, batch, batch.packing)
@@ -121,13 +126,22 @@ class Masked:
             count_rows(terms, batch, per_row.detach(), rows_text)
         image = noised.image
         if bool(image.any()):
-            codes = batch.labels[image] - model.layout().code_offset
-            logits = model.code_head(hidden[image]).float()
-            loss = F.cross_entropy(logits, codes, reduction="none", label_smoothing=self.label_smoothing)
+            loss = self._image_losses(model, batch, image, hidden, source)
             sums["image"] = self.image_weight * loss.sum()
             total = total + sums["image"] / len(loss)
             count_rows(terms, batch, row_sum(loss.detach(), image) / image.sum(1).clamp_min(1), image.any(1))
         return Losses(total, terms, sums)
+
+    def _image_losses(
+        self, model: Any, batch: Batch, image: Tensor, hidden: Tensor, source: rng.Source
+    ) -> Float[Tensor, "M"]:
+        """Of masked codes the cross-entropy, of masked continuous tokens the diffusion loss."""
+        layout = model.layout()
+        if layout.latents:
+            return latent_losses(model, batch, image, hidden, source, self.copies)
+        codes = batch.labels[image] - layout.code_offset
+        logits = model.code_head(hidden[image]).float()
+        return F.cross_entropy(logits, codes, reduction="none", label_smoothing=self.label_smoothing)
 
     def _text_head(self, model: Any) -> Callable[[Tensor], Tensor]:
         if not self.exclude_mask:

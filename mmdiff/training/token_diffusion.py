@@ -25,7 +25,7 @@ from mmdiff.diffusion.mask_schedules import GAMMAS, GammaName, independent_masks
 from mmdiff.errors import ConfigError
 from mmdiff.training.losses import Losses
 
-__all__ = ["TokenDiffusion"]
+__all__ = ["TokenDiffusion", "denoising_losses", "process"]
 
 Draws = Callable[[Int[Tensor, "M"]], tuple[Int[Tensor, "M"], Float[Tensor, "M C"]]]
 """Places (copy, image, token), flattened with copies outermost, to timesteps and noise."""
@@ -77,7 +77,7 @@ class TokenDiffusion:
         noise = rng.normal(source, (b, self.copies, n, c), device=tokens.device)
 
         def draws(places: Tensor) -> tuple[Tensor, Tensor]:
-            t = (u.transpose(0, 1).flatten()[places] * len(_process())).long()
+            t = (u.transpose(0, 1).flatten()[places] * len(process())).long()
             return t, noise.transpose(0, 1).flatten(0, 2)[places]
 
         total = self.loss(model, tokens, labels, mask, p, draws)
@@ -137,22 +137,40 @@ class TokenDiffusion:
         copies = torch.arange(self.copies, device=index.device)[:, None] * (b * n)
         t, noise = draws((places + copies).flatten())
         clean = tokens.flatten(0, 1)[places].repeat(self.copies, 1)
-        each = _denoising_losses(model.head, clean, z, t, noise, self.copies)
+        each = denoising_losses(model.head, clean, z, t, noise, self.copies)
         if self.weighted:
             each = each * GAMMAS[self.schedule].weight(p.flatten()[places]).repeat(self.copies)
         return each.sum() / len(each)
 
 
-def _denoising_losses(head: Any, clean: Tensor, z: Tensor, t: Tensor, noise: Tensor, copies: int) -> Float[Tensor, "M"]:
-    process = _process()
-    noisy = process.noised(clean, t, noise)
-    every = torch.arange(len(process), device=t.device)
-    time = head.time_embed(every.float())[t] if len(t) > len(process) else head.time_embed(t.float())
+def denoising_losses(
+    head: Any,
+    clean: Float[Tensor, "M C"],
+    z: Float[Tensor, "m D"],
+    t: Int[Tensor, "M"],
+    noise: Float[Tensor, "M C"],
+    copies: int,
+) -> Float[Tensor, "M"]:
+    """Diffusion loss of every copy of every token, copies outermost (M = copies * m).
+
+    Args:
+        head: `mmdiff.models.diffusion_head.DiffusionHead`.
+        clean: Tokens.
+        z: Their conditions, once each.
+        t: Timesteps of the training process.
+        noise: What is added.
+        copies: Noise levels per token.
+    """
+    known = process()
+    noisy = known.noised(clean, t, noise)
+    every = torch.arange(len(known), device=t.device)
+    time = head.time_embed(every.float())[t] if len(t) > len(known) else head.time_embed(t.float())
     output = head.denoise(noisy, time, head.cond_embed(z).repeat(copies, 1))
-    mse, vb = process.token_losses(output, clean, noisy, t, noise)
+    mse, vb = known.token_losses(output, clean, noisy, t, noise)
     return mse + vb
 
 
 @cache
-def _process() -> Process:
+def process() -> Process:
+    """The training process of the head."""
     return Process.cosine()

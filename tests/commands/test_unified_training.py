@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,10 +13,11 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from data_pipelines.pack import write_shards
-from mmdiff import config
+from mmdiff import config, rng
 from mmdiff.cli import app
 from mmdiff.commands import train
 from mmdiff.images import encode_png
+from mmdiff.models import vae
 from mmdiff.pipelines import load
 from tests.helpers.tiny import picture, unified_checkpoint
 
@@ -35,10 +37,9 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def codes(tmp_path_factory: pytest.TempPathFactory, start: str) -> str:
-    """Shards with codes; a third of the samples has nothing it could be made from."""
-    folder = tmp_path_factory.mktemp("codes")
-    rows = []
+def plain(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Shards; a third of the samples has nothing it could be made from."""
+    folder, rows = tmp_path_factory.mktemp("plain"), []
     for n in range(12):
         info: dict[str, Any] = {"caption": f"a cat {n}", "concept": f"cat {n % 4}", "subgroup": "cat"}
         info["qa"] = [["what?", ("yes", "no")[n % 2], kind] for kind in KINDS]
@@ -47,11 +48,18 @@ def codes(tmp_path_factory: pytest.TempPathFactory, start: str) -> str:
             info["instruction"] = f"the same in style {n % 2}"
             members["image2.png"] = encode_png(picture(n + 20, 16, 16))
         rows.append((f"{n:03d}", {**members, "json": json.dumps(info).encode()}))
-    shards = write_shards(rows, folder / "plain", "pictures")
-    arguments = ["data", "cache", str(shards[0]), "--encoder", f"{start}/image_tokenizer", "--out", str(folder / "out")]
-    result = CliRunner().invoke(app, arguments)
+    return str(write_shards(rows, folder, "pictures")[0])
+
+
+def cached(shards: str, encoder: Path, out: Path) -> str:
+    result = CliRunner().invoke(app, ["data", "cache", shards, "--encoder", str(encoder), "--out", str(out)])
     assert result.exit_code == 0, result.output
-    return str(folder / "out")
+    return str(out)
+
+
+@pytest.fixture(scope="module")
+def codes(tmp_path_factory: pytest.TempPathFactory, plain: str, start: str) -> str:
+    return cached(plain, Path(start, "image_tokenizer"), tmp_path_factory.mktemp("codes"))
 
 
 @pytest.fixture
@@ -101,3 +109,22 @@ def test_the_trained_model_follows_instructions_from_the_command_line_too(recipe
     result = CliRunner().invoke(app, [*arguments[:3], "--image", str(before)])
     assert result.exit_code == 2
     assert "--out" in result.stderr
+
+
+def test_the_same_tasks_are_learnt_with_continuous_image_tokens(recipe, plain, tmp_path):
+    shape = vae.Config(image_size=16, width=32, multipliers=(1, 1), blocks=1, channels=2, attention_levels=())
+    vae.KLVAE(shape, generator=rng.generator(0)).save_pretrained(tmp_path / "vae")
+    moments = cached(plain, tmp_path / "vae", tmp_path / "moments")
+    for source in recipe["data"]["sources"]:
+        source["shards"] = [moments]
+    network = config.to_dict(unified_checkpoint().model.config)
+    network |= {"codes": None, "latents": {"grid": 8, "channels": 2, "patch": 2, "head_width": 16, "head_depth": 1}}
+    recipe |= {"model": network, "init_from": None, "image_tokenizer": str(tmp_path / "vae"), "generation": None}
+    recipe["train"]["optim"]["factors"] = {"vision": 0, "latents": 2}
+    result = train.run(recipe, progress=False)
+    assert set(result.fit.losses) >= TASKS
+    assert not result.fit.skipped
+    images = load(result.model_dir, device="cpu").images
+    assert "edit" in images.capabilities
+    drawn = images.edit(picture(1, 16, 16), None, "the same in style 1", seed=3, num_inference_steps=2)
+    assert drawn.size == (16, 16)
