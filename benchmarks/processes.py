@@ -80,6 +80,8 @@ def trained(options: argparse.Namespace, processes: int, steps: int) -> tuple[li
         "train.samples": options.batch * steps,
         "train.log_every_samples": options.batch * FIRST,
         "train.parallel.type": options.strategy,
+        # So small that rounding is not amplified: losses can be compared, and speed does not depend on it.
+        "train.optim.lr": 1e-5,
         "device": "cpu",
     }
     env = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}

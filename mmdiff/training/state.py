@@ -46,8 +46,10 @@ _FREE = (
     *(p + k for p in ("", "train.") for k in ("step_timeout_s", "first_step_timeout_s", "compile")),
 )
 FREE_KEYS = frozenset(_FREE)
-"""Dotted keys of a run's configuration that may differ on resume: they do not touch the numbers. So do those below
-``train.parallel``."""
+"""Dotted keys of a run's configuration that may differ on resume: they do not touch the numbers. Nor do those below
+``train.parallel``, nor where shards lie: what they hold is part of the loader's state."""
+
+_SHARDS = re.compile(r"data\.sources\.\d+\.shards(\.\d+)?")
 
 _NAME = re.compile(r"step_\d{10,}")
 _DRAFT = re.compile(r"step_\d{10,}\.tmp-\d+")
@@ -323,7 +325,7 @@ def _refuse_changes(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) 
 
 
 def _is_free(key: str) -> bool:
-    return key in FREE_KEYS or key.removeprefix("train.").startswith("parallel.")
+    return key in FREE_KEYS or bool(_SHARDS.fullmatch(key)) or key.removeprefix("train.").startswith("parallel.")
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -155,6 +156,17 @@ def test_r01_a_stopped_command_exits_75_and_its_resume_command_gives_the_same_mo
     resumed = train.run(words[2], resume=True, progress=False)
     for name in ("model.safetensors", "config.json"):
         assert (resumed.model_dir / name).read_bytes() == (whole.model_dir / name).read_bytes()
+
+
+def test_a_run_goes_on_with_copies_of_its_shards_but_not_with_others(recipe, shards, tmp_path):
+    copies, others = tmp_path / "copies", tmp_path / "others"
+    shutil.copytree(shards, copies)
+    write_shards([("k", {"json": b'{"caption": "a red square"}'})], others, "toy")
+    train.run(recipe, ["train.samples=8"], progress=False)
+    where = "data.sources.0.shards.0="
+    with pytest.raises(ConfigError, match="saved for plan"):
+        train.run(recipe, ["train.samples=8", f"{where}{others}"], resume=True, progress=False)
+    assert train.run(recipe, ["train.samples=8", f"{where}{copies}"], resume=True, progress=False).fit.samples == 8
 
 
 def test_a_dry_run_measures_and_writes_nothing(recipe, shards):
