@@ -29,7 +29,10 @@ for rank in 0 1; do
 done
 exit $code
 """,
-    "mmdiff": '#!/bin/bash\necho "$RANK $LOCAL_RANK $WORLD_SIZE $MASTER_ADDR $MASTER_PORT $*" >> mmdiff.log\nexit $CODE\n',
+    "mmdiff": """#!/bin/bash
+echo "$RANK $LOCAL_RANK $WORLD_SIZE $MASTER_ADDR $MASTER_PORT $*" >> mmdiff.log
+exit $CODE
+""",
 }
 
 
