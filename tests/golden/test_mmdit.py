@@ -114,26 +114,27 @@ def latent(model: MMDiT, inputs: dict[str, Tensor], options: dict[str, Any]) -> 
     return sampler.integrate(sampler.guided(velocity, spec["guidance_scale"]), inputs["flow.noise"], sigmas)
 
 
-def training(model: MMDiT, inputs: dict[str, Tensor], options: dict[str, Any]) -> dict[str, Tensor]:
+def training(model: MMDiT, inputs: dict[str, Tensor], options: dict[str, Any], name: str) -> Tensor:
     sigma = flow.logit_normal(inputs["train.normal"])
     x0, noise = inputs["train.x0"], inputs["train.noise"]
     noisy, target = flow.noised(x0, noise, sigma), flow.velocity(x0, noise)
-    t = sigma * options["flow"]["num_train_timesteps"]
-    predicted = model(noisy, t, inputs["encoder_hidden_states"], inputs["pooled_projections"])
+    if name == "mse_per_sample":
+        t = sigma * options["flow"]["num_train_timesteps"]
+        predicted = model(noisy, t, inputs["encoder_hidden_states"], inputs["pooled_projections"])
+        return flow.per_sample_loss(predicted, target)
     return {
         "sigma": sigma,
         "x_t": noisy,
         "target": target,
-        "mse_per_sample": flow.per_sample_loss(predicted, target),
         "weight_cosmap": flow.cosmap_weight(sigma),
         "weight_sigma_sqrt": flow.sigma_sqrt_weight(sigma),
-    }
+    }[name]
 
 
 def ours(name: str, model: MMDiT, inputs: dict[str, Tensor], outputs: dict[str, Tensor], c: dict[str, Any]) -> Tensor:
     family, _, part = name.partition(".")
     if family == "train":
-        return training(model, inputs, c)[part]
+        return training(model, inputs, c, part)
     if family == "grid":
         kind, number = re.fullmatch(r"([a-z]+)([\d.]+)", part).groups()
         return {"mode": flow.mode, "shift": flow.shifted}[kind](outputs["grid.u"], float(number))

@@ -66,6 +66,22 @@ def shapes_of(table: Table) -> dict[str, list[int]]:
     return {name: row["shape"] for name, row in table["params"].items()}
 
 
+def base_of(table: Table) -> Table:
+    """The base that a target's rows were made for; it need not be one of the targets."""
+    rows = table["params"].items()
+    return {"params": {name: {**row, "shape": at_base(row)} for name, row in rows}}
+
+
+def at_base(row: Table) -> list[int]:
+    return [n if b is None else b for b, n in zip(row["base_shape"], row["shape"], strict=True)]
+
+
+def heads_of(family: Table, size: str) -> int:
+    """Sizes are heads, or widths at a head dimension that the unit names."""
+    named = re.search(r"head dim\w* (\d+)", family["unit"])
+    return int(size) // int(named[1]) if family["unit"].startswith("width") and named else int(size)
+
+
 def blocks(shapes: dict[str, Any]) -> int:
     return 1 + max(int(m[1]) for n in shapes if (m := re.search(r"(?:blocks|layers)\.(\d+)\.", n)))
 
@@ -132,7 +148,9 @@ def make_llama(family: Table, size: str) -> Made:
         )
 
     sigma = Normal(family["sigma"])
-    recipe = {"input": sigma, "hidden": sigma, "output": sigma}
+    recipe: dict[str, Initialiser] = {"input": sigma, "hidden": sigma, "output": sigma, "tied": sigma}
+    if family.get("q_zero"):
+        recipe |= {"*.q_proj.weight": Constant()}
     return make_house(family, size, config, lambda n: str(LAYOUTS["llama"].keys.backward(n)), recipe)
 
 
@@ -143,8 +161,10 @@ def make_house(
     published: Callable[[str], str],
     recipe: dict[str, Initialiser],
 ) -> Made:
-    base, target = (config(family["tables"][str(n)], int(n)) for n in (family["base"], size))
-    plan = mup.plan(target, base, multiplier=True)
+    table = family["tables"][size]
+    base = config(base_of(table), heads_of(family, str(family["base"])))
+    target = config(table, heads_of(family, size))
+    plan = mup.plan(target, base, multiplier=True, output_mult=family.get("output_mult", 1.0))
     return Made(plan, build(target, generator=rng.generator(0, "init")), published, recipe)
 
 
@@ -173,7 +193,8 @@ def make_foreign(
     family: Table, size: str, recipe: dict[str, Initialiser], *, roles: Any = None, tie: bool = False
 ) -> Made:
     """A foreign network, out of declared shapes; the probe doubles what grows."""
-    base, target = (family["tables"][str(n)] for n in (family["base"], size))
+    target = family["tables"][size]
+    base = base_of(target)
 
     def net(shapes: dict[str, list[int]]) -> nn.Module:
         tables = ["embed.weight"] if tie else []
@@ -189,7 +210,8 @@ def make_foreign(
         for name, row in base["params"].items()
     }
     model = net(shapes_of(target))
-    plan = mup.plan(model, net(shapes_of(base)), probe=net(grown), roles=roles, multiplier=True)
+    times = family.get("output_mult", 1.0)
+    plan = mup.plan(model, net(shapes_of(base)), probe=net(grown), roles=roles, multiplier=True, output_mult=times)
     return Made(plan, model, lambda name: name, recipe)
 
 
@@ -289,25 +311,40 @@ def initialisers(sigma: float) -> dict[str, Initialiser]:
 
 def probe_plan(entries: list[Table], index: int) -> mup.Plan:
     """The plan of the probe network of one width; biases are as wide as their weights."""
+    entry = entries[index]
+    other = next((e for e in entries if e["width"] != entry["width"]), None)
+    assert other is not None, "two widths are needed to see what grows"
 
-    def shapes(entry: Table) -> dict[str, list[int]]:
-        weights = {name: row["shape"] for name, row in entry["normal"].items()}
+    def shapes(times: float) -> dict[str, list[int]]:
+        weights = {
+            name: [
+                round(n * times / entry["width_mult"]) if n != m else n
+                for n, m in zip(row["shape"], other["normal"][name]["shape"], strict=True)
+            ]
+            for name, row in entry["normal"].items()
+        }
         return weights | {"hid.bias": [weights["hid.weight"][0]], "out.bias": [weights["out.weight"][0]]}
 
-    base = next(e for e in entries if e["width_mult"] == 1)
-    wider = next((e for e in entries if e["width_mult"] != 1), None)
-    assert wider is not None, "two widths are needed to see what grows"
-    built = (bag(shapes(e), embeddings=["emb.weight"]) for e in (entries[index], base, wider))
-    target, small, probe = built
+    nets = (bag(shapes(times), embeddings=["emb.weight"]) for times in (entry["width_mult"], 1, 2))
+    target, small, probe = nets
     return mup.plan(target, small, probe=probe, roles={"out.weight": "output"}, multiplier=True)
+
+
+def base_shape(row: Row) -> tuple[int, ...]:
+    return tuple(n if b is None else b for b, n in zip(row.base, row.shape, strict=True))
+
+
+def default_std(size: tuple[int, ...]) -> float:
+    """PyTorch's own for a linear layer; a bias is drawn as its weight is."""
+    return (3 * math.prod(size[1:])) ** -0.5
 
 
 def test_initialisers_know_widths(rule, root):
     entries = read(root, "init_rules.json")
     entry = entries[rule]
-    base = next(e for e in entries if e["width_mult"] == 1)
     plan = probe_plan(entries, rule)
-    known = initialisers(next(iter(base["normal"].values()))["std"])
+    # A weight that grows in one dimension has the base's deviation at every width.
+    known = initialisers(entry["normal"]["inp.weight"]["std"])
     others = {"width", "width_mult", "default_init_then_set_base_shapes", "inp.bias_rescale", "hid.weight_rescale"}
     assert set(entry) == set(known) | others, "an initialiser has no rule"
     for kind, initialiser in known.items():
@@ -322,14 +359,14 @@ def test_initialisers_know_widths(rule, root):
 def test_default_weights_are_rescaled_to_the_base(rule, root):
     """Rescaling a fresh network to its base gives what the published package does to PyTorch's default weights."""
     entries = read(root, "init_rules.json")
-    entry, base = entries[rule], next(e for e in entries if e["width_mult"] == 1)
-    plan = probe_plan(entries, rule)
+    entry, plan = entries[rule], probe_plan(entries, rule)
     assert entry["width_mult"] == pytest.approx(plan.row("hid.weight").fan_in_ratio)
     for name, expected in entry["default_init_then_set_base_shapes"].items():
-        now = expected["torch_default_std"]
-        then = base["default_init_then_set_base_shapes"][name]["torch_default_std"]
+        weight = plan.row(name.replace(".bias", ".weight"))
+        now, then = (default_std(size) for size in (weight.shape, base_shape(weight)))
+        assert now == pytest.approx(expected["torch_default_std"], rel=1e-5), name
         assert then * plan.row(name).init / now == pytest.approx(expected["rescale"], rel=1e-5), name
     hidden = Kaiming(gain=3**-0.5, uniform=True).std(plan.row("hid.weight"))
-    then = Kaiming(gain=3**-0.5, uniform=True).std(probe_plan(entries, entries.index(base)).row("hid.weight"))
+    then = default_std(base_shape(plan.row("hid.weight")))
     assert then * plan.row("hid.weight").init / hidden == pytest.approx(entry["hid.weight_rescale"], rel=REL)
     assert plan.row("inp.weight").init == entry["inp.bias_rescale"] == 1

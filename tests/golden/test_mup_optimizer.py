@@ -12,13 +12,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mmdiff.scale import mup
+from mmdiff.scale.rows import Role
 from tests.helpers.bag import bag
 
 NAME = "mup_optimizer"
 ATOL = 2e-6
 
 OPTIMIZERS = {"AdamW": torch.optim.AdamW, "Adam": torch.optim.Adam, "SGD": torch.optim.SGD}
-HYPER = {"betas", "eps", "momentum", "nesterov"}
+HYPER = {"betas", "eps", "momentum", "dampening", "nesterov", "amsgrad"}
 KNOWN = HYPER | {"opt", "lr", "weight_decay", "decoupled_wd", "groups", "warmup", "groups_lr_wd"}
 
 Case = dict[str, Any]
@@ -56,13 +57,17 @@ def nets(config: Case) -> tuple[nn.Module, mup.Plan]:
     base = {r["name"]: [b or n for b, n in zip(r["base_shape"], r["shape"], strict=True)] for r in rows}
     probe = {r["name"]: [2 * b if b else n for b, n in zip(r["base_shape"], r["shape"], strict=True)] for r in rows}
     built = [bag(shapes, embeddings=tables) for shapes in (target, base, probe)]
-    # What the shapes of a linear layer do not tell: that it is a readout.
-    readouts = {
-        r["name"]: "output"
-        for r in rows
-        if len(r["shape"]) == 2 and r["base_shape"][0] is None and r["base_shape"][1] and r["name"] not in tables
-    }
-    return built[0], mup.plan(built[0], built[1], probe=built[2], roles=readouts, multiplier=True)
+    roles = {r["name"]: role for r in rows if r["name"] not in tables and (role := said(r))}
+    return built[0], mup.plan(built[0], built[1], probe=built[2], roles=roles, multiplier=True)
+
+
+def said(row: Case) -> Role | None:
+    """What shapes do not tell: that a layer is a readout, and what a bare table or matrix is."""
+    growing = [axis for axis, size in enumerate(row["base_shape"]) if size is not None]
+    if row["name"].rpartition(".")[2] == "weight":
+        return "output" if len(row["shape"]) > 1 and growing == [1] else None
+    bare: dict[int, Role] = {0: "scalar", 1: "vector", 2: "hidden"}
+    return bare[len(growing)]
 
 
 def groups(config: Case, case: Case, model: nn.Module, plan: mup.Plan) -> list[dict[str, Any]]:

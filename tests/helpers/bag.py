@@ -13,8 +13,8 @@ Shape = Sequence[int]
 def bag(shapes: Mapping[str, Shape], *, embeddings: Sequence[str] = (), device: str = "cpu") -> nn.Module:
     """A tree of layers with parameters of the given names and shapes.
 
-    A weight of two dimensions is a linear layer's (or, if named, an embedding's), one of four a convolution's, one of
-    a single dimension a norm's; everything else is a bare parameter.
+    A weight of two dimensions is a linear layer's (or, if named, an embedding's), one of three to five a convolution's,
+    one of a single dimension a norm's; everything else is a bare parameter.
     """
     root = nn.Module()
     with torch.device(device):
@@ -42,6 +42,7 @@ def _layer(attribute: str, shape: Shape, embedding: bool) -> nn.Module:
         return nn.Module()
     if embedding:
         return nn.Embedding(*shape)
-    if len(shape) == 4:
-        return nn.Conv2d(shape[1], shape[0], tuple(shape[2:]), bias=False)
+    if len(shape) > 2:
+        kind = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}[len(shape)]
+        return kind(shape[1], shape[0], tuple(shape[2:]), bias=False)
     return nn.Linear(shape[1], shape[0], bias=False) if len(shape) == 2 else nn.Module()
