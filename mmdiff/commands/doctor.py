@@ -43,6 +43,9 @@ _EXTRAS = {
     "lora": (("peft",), "`train.lora`, and adapters beside quantised weights"),
     "pack": (("resvg_py",), "`mmdiff data build emoji-styles`"),
     "quant": (("torchao", "bitsandbytes"), "`quantize` in 4 and 8 bits"),
+    "report": (("tensorboard",), "`train.report: [tensorboard]`"),
+    "wandb": (("wandb",), "`train.report: [wandb]`"),
+    "trackio": (("trackio",), "`train.report: [trackio]`"),
     "ui": (("gradio",), "`mmdiff ui`"),
     "remote": (("s3fs", "gcsfs"), "shards under s3:// and gs://"),
 }

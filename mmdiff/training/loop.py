@@ -40,8 +40,10 @@ from mmdiff.training.probes import Probe, call, crossed, due, name_of
 from mmdiff.training.randomness import own_randomness, seed_layers
 from mmdiff.training.recompute import compiling, recomputing
 from mmdiff.training.report import Clock, Log, Meter, Progress
+from mmdiff.training.reporters import Reporter, ReporterName, numbers_of, open_reporters
 from mmdiff.training.saving import Saver
 from mmdiff.training.signals import StopFlag
+from mmdiff.training.throughput import Throughput, work_of
 
 __all__ = ["FitReport", "Loader", "Probe", "TrainConfig", "fit"]
 
@@ -85,6 +87,10 @@ class TrainConfig:
     checkpoint_failed: Literal["stop", "continue"] = "stop"
     """After a checkpoint could not be written, such as on a full disk: end the run, or go on and try again at the next;
     the last one of a run has to succeed."""
+    report: tuple[ReporterName, ...] = ()
+    """Where log lines are shown beside log.jsonl: tensorboard, wandb, trackio."""
+    project: str = Field("mmdiff", min_length=1)
+    """Name under which wandb and trackio collect runs."""
     parallel: ParallelConfig = Field(default_factory=DdpConfig)
     """How several processes share the work; no effect on one."""
     step_timeout_s: float = Field(600.0, gt=0)
@@ -191,6 +197,9 @@ def fit(
         run = _Run(model, objective, loader, config, run_dir, device, scales, group, watch)
         run.restore()
         stack.callback(run.close)
+        if group.leads and config.report:
+            tree = configs.to_dict(config if run_config is None else run_config)
+            run.reporters = open_reporters(config.report, run_dir, config.project, tree, run.samples)
         run.progress = Progress(progress and group.leads, config.samples, run.samples, description)
         stack.callback(run.progress.close)
         return run.train(stop, _suited(list(probes), config, group))
@@ -240,6 +249,10 @@ class _Run:
         self.guard = Guard()
         self.skipped: Counter[str] = Counter()  # all but the loader's own counts since this process began
         self.loader_before: Counter[str] = Counter()
+        self.reporters: list[Reporter] = []
+        half = config.autocast is not None or {p.dtype for p in self.parameters} == {torch.bfloat16}
+        dtype = torch.bfloat16 if half else torch.float32
+        self.throughput = Throughput(device, dtype, config.gradient_checkpointing)
 
     def restore(self) -> None:
         """Go to the newest checkpoint, or to the beginning; the log is cut to what belongs there."""
@@ -365,7 +378,7 @@ class _Run:
         asked = time.perf_counter()
         batch = self._next()
         rows = len(batch) * self.group.world
-        self.clock.count(rows, time.perf_counter() - asked)
+        self.clock.count(time.perf_counter() - asked, samples=rows)
         after = self.samples + rows
         optim.set_lr(self.optimizer, self._lr(after))
         self.watch.doing("computing")
@@ -423,19 +436,20 @@ class _Run:
         names, numbers = [], []
         for n, part in enumerate(parts):
             last = n + 1 == len(parts)
-            with nullcontext() if last else self.passes.apart():
+            with nullcontext() if last else self.passes.apart(), self.throughput.counted(part) as forward_is_done:
                 with optim.arithmetic(self.device, self.config.autocast):
                     total, terms = self.passes.run(part.to(self.device), source(n), numbers_of)
+                forward_is_done()
                 # Without a single target in the part there is nothing to differentiate.
                 if total.requires_grad:
                     (total * self.group.world).backward()
             names += [("loss", 1.0), *((name, count) for name, (_, count) in terms.items() if count)]
             numbers += [total, *(value for value, count in terms.values() if count)]
         self.passes.settle()
-        return self._sums(names, numbers)
+        return self._sums(names, numbers, work_of(batch))
 
     def _sums(
-        self, names: Sequence[tuple[str, float]], numbers: Sequence[Tensor]
+        self, names: Sequence[tuple[str, float]], numbers: Sequence[Tensor], work: Mapping[str, float]
     ) -> tuple[dict[str, tuple[float, float]], float]:
         """Losses of all parts and processes added up, and the norm of the gradient."""
         norm, spread_out = sharding.norm(p.grad for p in self.parameters if p.grad is not None)
@@ -446,7 +460,8 @@ class _Run:
             total, number = terms.get(name, (0.0, 0.0))
             terms[name] = (total + value, number + count)
         self.watch.doing("waiting")
-        terms, (squares,) = self.tally(terms, [own**2])
+        terms, (squares, *done) = self.tally(terms, [own**2, *work.values()])
+        self.clock.count(**dict(zip(work, done, strict=True)))
         self.watch.doing("computing")
         terms["loss"] = (terms["loss"][0], 1.0)
         replicas = getattr(self.config.parallel, "replicas", 1)
@@ -463,7 +478,8 @@ class _Run:
 
     def _write_line(self) -> None:
         means = self.meter.take()
-        speed, waited = self.clock.read()
+        rates, waited = self.clock.read()
+        speed = rates.get("samples", 0.0)
         record = {
             "samples": self.samples,
             "step": self.steps,
@@ -473,17 +489,28 @@ class _Run:
             "losses": means,
             "skipped": self.skip_counts(),
             "samples_per_second": round(speed, 3),
+            "tokens_per_second": round(rates.get("tokens", 0.0), 1),
+            "images_per_second": round(rates.get("images", 0.0), 2),
+            "mfu": self.throughput.mfu(rates.get("slots", 0.0) / self.group.world),
             "data_wait": round(waited, 4),
             "eta_s": round(max(self.config.samples - self.samples, 0) / max(speed, 1e-9), 1),
         }
         self.log.write(record)
+        self._report(record)
         self.progress.line(record)
+
+    def _report(self, record: Mapping[str, Any], prefix: str = "") -> None:
+        numbers = numbers_of(record, prefix)
+        for reporter in self.reporters:
+            reporter.log(numbers, self.samples)
 
     def close(self) -> None:
         """End what runs in the background and close the log."""
         if hasattr(self, "batches") and hasattr(self.batches, "close"):
             self.batches.close()
         self.saver.close()
+        for reporter in self.reporters:
+            reporter.close()
         self.log.close()
 
     def _leave_out(self, batch: Batch, reason: str) -> None:
@@ -511,6 +538,7 @@ class _Run:
             result = call(probe, self.model, self.ema, self.samples) if self.group.leads else None
             if result is not None:
                 self.log.write({"samples": self.samples, "step": self.steps, "probe": name_of(probe), **result})
+                self._report(result, f"{name_of(probe)}/")
             self.group.wait()
             self.watch.doing("computing")
             self.clock.leave_out(time.perf_counter() - started)

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -17,7 +18,7 @@ from mmdiff.errors import CheckpointError
 
 __all__ = ["TIMING_FIELDS", "Clock", "Log", "Meter", "Progress"]
 
-TIMING_FIELDS = frozenset({"samples_per_second", "data_wait", "eta_s"})
+TIMING_FIELDS = frozenset({"samples_per_second", "tokens_per_second", "images_per_second", "mfu", "data_wait", "eta_s"})
 """Fields of a log line that depend on the machine; all others are a function of the configuration."""
 
 
@@ -113,22 +114,24 @@ class Meter:
 
 
 class Clock:
-    """Speed since the last reading, in samples per second, and the share of the time spent waiting for data."""
+    """What is done per second since the last reading, and the share of the time spent waiting for data."""
 
     def __init__(self) -> None:
-        self._samples, self._waited, self._since = 0, 0.0, time.perf_counter()
+        self._done: Counter[str] = Counter()
+        self._waited, self._since = 0.0, time.perf_counter()
 
-    def count(self, samples: int, waited: float) -> None:
-        """A step of ``samples`` samples for which the loop waited ``waited`` seconds."""
-        self._samples += samples
+    def count(self, waited: float = 0.0, **done: float) -> None:
+        """A step before which the loop waited ``waited`` seconds, and what was done in it, by name."""
+        self._done.update(done)
         self._waited += waited
 
-    def read(self) -> tuple[float, float]:
-        """(samples per second, data-wait fraction) since the last reading; starts anew."""
+    def read(self) -> tuple[dict[str, float], float]:
+        """(name -> per second, data-wait fraction) since the last reading; starts anew."""
         seconds = max(time.perf_counter() - self._since, 1e-9)
-        rates = self._samples / seconds, min(self._waited / seconds, 1.0)
+        rates = {name: count / seconds for name, count in self._done.items()}
+        waited = min(self._waited / seconds, 1.0)
         self.__init__()  # type: ignore[misc]
-        return rates
+        return rates, waited
 
     def leave_out(self, seconds: float) -> None:
         """Do not count ``seconds`` that were not spent on training."""
@@ -175,7 +178,7 @@ class Progress:
             sys.stderr.write(
                 f"{self._label}  {record['samples']:,}/{self._total:,} samples  "
                 f"{_losses({**losses, **record['losses']})}  "
-                f"lr {record['lr']:.2e}  {record['samples_per_second']:,.1f} samples/s  "
+                f"lr {record['lr']:.2e}  {_speeds(record)}  "
                 f"data {record['data_wait']:.0%}{skipped}  ETA {eta}\n"
             )
             sys.stderr.flush()
@@ -188,6 +191,12 @@ class Progress:
     def close(self) -> None:
         """Leave the bar as it stands."""
         self._bar.close()
+
+
+def _speeds(record: Mapping[str, Any]) -> str:
+    names = [n for n in ("samples", "tokens", "images") if record[f"{n}_per_second"] or n == "samples"]
+    told = [f"{record[f'{name}_per_second']:,.1f} {name}/s" for name in names]
+    return "  ".join([*told, f"MFU {record['mfu']:.1%}" if record["mfu"] is not None else "MFU unknown"])
 
 
 def _losses(losses: Mapping[str, float]) -> str:

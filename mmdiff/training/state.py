@@ -42,7 +42,7 @@ _FREE = (
     *(p + k for p in ("", "train.") for k in ("log_every_samples", "checkpoint_every_samples", "keep")),
     *("data." + k for k in ("workers", "start_method", "prefetch", "cache_decoded", "cache_mib", "allow_changed")),
     *("data." + k for k in ("max_skip_fraction", "damaged")),
-    *(p + k for p in ("", "train.") for k in ("checkpoint_async", "checkpoint_failed")),
+    *(p + k for p in ("", "train.") for k in ("checkpoint_async", "checkpoint_failed", "report", "project")),
     *(p + k for p in ("", "train.") for k in ("step_timeout_s", "first_step_timeout_s", "compile")),
 )
 FREE_KEYS = frozenset(_FREE)

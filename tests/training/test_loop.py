@@ -324,7 +324,8 @@ def test_without_a_terminal_each_log_line_is_one_plain_line_with_losses_and_eta(
     text = stderr.getvalue()
     shown = [line for line in text.splitlines() if line.startswith("toy ")]
     assert len(shown) == 2
-    assert re.search(r"12/24 samples  loss \d\.\d+ a \d\.\d+ b \d\.\d+  lr .* samples/s  data \d+%  ETA 0:", shown[0])
+    losses = r"loss \d\.\d+ a \d\.\d+ b \d\.\d+"
+    assert re.search(rf"12/24 samples  {losses}  lr .* tokens/s  MFU .*%  data \d+%  ETA 0:", shown[0])
     assert re.search(r"MB saved in \d", text)
 
 
