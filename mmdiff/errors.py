@@ -5,6 +5,8 @@ Every message says what, where, by how much and what to do. Nothing here imports
 
 from __future__ import annotations
 
+from urllib.parse import urlsplit, urlunsplit
+
 __all__ = [
     "EXIT_STOPPED",
     "CheckpointError",
@@ -14,6 +16,7 @@ __all__ = [
     "SampleError",
     "ShardError",
     "UnsafeFileError",
+    "redact",
 ]
 
 EXIT_STOPPED = 75
@@ -79,3 +82,9 @@ class CheckpointError(MmdiffError):
 
 class UnsafeFileError(CheckpointError):
     """A file that could run code, or lies about its size, was refused."""
+
+
+def redact(url: str) -> str:
+    """The URL without user name, password, query and fragment, fit for messages, logs and services."""
+    parts = urlsplit(url)
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))

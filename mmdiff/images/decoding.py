@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mmdiff.errors import ConfigError, SampleError
+from mmdiff.errors import ConfigError, SampleError, redact
 
 __all__ = [
     "DEFAULT_LIMITS",
@@ -186,12 +186,6 @@ def to_uint8(pixels: Tensor) -> Tensor:
     if not bool(torch.isfinite(pixels).all()):
         raise ValueError("pixels hold values that are not finite; the network that made them has diverged")
     return pixels.float().add(1.0).mul(127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
-
-
-def redact(url: str) -> str:
-    """The URL without user name, password, query and fragment, fit for logs."""
-    parts = urllib.parse.urlsplit(url)
-    return urllib.parse.urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
 def _from_name(name: str | bytes, limits: Limits) -> Image.Image:

@@ -40,7 +40,7 @@ from mmdiff.training.probes import Probe, call, crossed, due, name_of
 from mmdiff.training.randomness import own_randomness, seed_layers
 from mmdiff.training.recompute import compiling, recomputing
 from mmdiff.training.report import Clock, Log, Meter, Progress
-from mmdiff.training.reporters import Reporter, ReporterName, numbers_of, open_reporters
+from mmdiff.training.reporters import Reporter, ReporterName, check_reporters, numbers_of, open_reporters
 from mmdiff.training.saving import Saver
 from mmdiff.training.signals import StopFlag
 from mmdiff.training.throughput import Throughput, work_of
@@ -185,6 +185,7 @@ def fit(
     run_dir, device = Path(run_dir), torch.device(device)
     with ExitStack() as stack:
         group = stack.enter_context(joined(config.first_step_timeout_s))
+        group.first(lambda: check_reporters(config.report))
         group.first(lambda: state.claim(run_dir, config if run_config is None else run_config, resume=resume))
         where = getattr(loader, "where", lambda: "the loader's data")
         watch = stack.enter_context(Watch(group, config.step_timeout_s, config.first_step_timeout_s, where))
@@ -193,16 +194,25 @@ def fit(
         if config.lora is not None:
             attach(model, config.lora, config.seed)
         stack.enter_context(compiling(model, config.compile))
-        stack.enter_context(recomputing(model, config.gradient_checkpointing))
-        run = _Run(model, objective, loader, config, run_dir, device, scales, group, watch)
+        throughput = Throughput(device, _dtype_of(model, config))
+        stack.enter_context(recomputing(model, config.gradient_checkpointing, again=throughput.uncounted))
+        run = _Run(model, objective, loader, config, run_dir, device, scales, group, watch, throughput)
         run.restore()
         stack.callback(run.close)
-        if group.leads and config.report:
+        if group.leads:
             tree = configs.to_dict(config if run_config is None else run_config)
-            run.reporters = open_reporters(config.report, run_dir, config.project, tree, run.samples)
+            run.reporters = stack.enter_context(
+                open_reporters(config.report, run_dir, config.project, tree, run.samples)
+            )
         run.progress = Progress(progress and group.leads, config.samples, run.samples, description)
         stack.callback(run.progress.close)
         return run.train(stop, _suited(list(probes), config, group))
+
+
+def _dtype_of(model: nn.Module, config: TrainConfig) -> torch.dtype:
+    """Dtype of most matrix products."""
+    half = config.autocast is not None or {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    return torch.bfloat16 if half else torch.float32
 
 
 def _suited(probes: list[Probe], config: TrainConfig, group: Group) -> list[Probe]:
@@ -229,6 +239,7 @@ class _Run:
         scales: Mapping[str, tuple[float, float]] | None,
         group: Group,
         watch: Watch,
+        throughput: Throughput,
     ) -> None:
         self.model, self.objective, self.loader, self.config = model, objective, loader, config
         self.run_dir, self.device, self.group, self.watch = run_dir, device, group, watch
@@ -249,10 +260,8 @@ class _Run:
         self.guard = Guard()
         self.skipped: Counter[str] = Counter()  # all but the loader's own counts since this process began
         self.loader_before: Counter[str] = Counter()
-        self.reporters: list[Reporter] = []
-        half = config.autocast is not None or {p.dtype for p in self.parameters} == {torch.bfloat16}
-        dtype = torch.bfloat16 if half else torch.float32
-        self.throughput = Throughput(device, dtype, config.gradient_checkpointing)
+        self.reporters: Sequence[Reporter] = ()
+        self.throughput = throughput
 
     def restore(self) -> None:
         """Go to the newest checkpoint, or to the beginning; the log is cut to what belongs there."""
@@ -432,14 +441,16 @@ class _Run:
         def source(n: int) -> list[torch.Generator]:
             return row_sources(seed, starts[n], len(parts[n]))
 
-        numbers_of = totals(self.objective, self.model, parts, [source(n) for n in range(len(parts))], self.group)
+        sums = totals(self.objective, self.model, parts, [source(n) for n in range(len(parts))], self.group)
+        if self.config.compile and self.throughput.per_slot is None:
+            self._count_apart(parts[0], source(0), sums)
+            seed_layers(self.device, rng.derive(seed, "layers", first))
         names, numbers = [], []
         for n, part in enumerate(parts):
             last = n + 1 == len(parts)
-            with nullcontext() if last else self.passes.apart(), self.throughput.counted(part) as forward_is_done:
+            with nullcontext() if last else self.passes.apart(), self.throughput.counted(part):
                 with optim.arithmetic(self.device, self.config.autocast):
-                    total, terms = self.passes.run(part.to(self.device), source(n), numbers_of)
-                forward_is_done()
+                    total, terms = self.passes.run(part.to(self.device), source(n), sums)
                 # Without a single target in the part there is nothing to differentiate.
                 if total.requires_grad:
                     (total * self.group.world).backward()
@@ -447,6 +458,19 @@ class _Run:
             numbers += [total, *(value for value, count in terms.values() if count)]
         self.passes.settle()
         return self._sums(names, numbers, work_of(batch))
+
+    @torch.no_grad()
+    def _count_apart(self, part: Batch, source: rng.Source, sums: Mapping[str, float]) -> None:
+        """Count the operations of compiled blocks, which a counter cannot see, in a forward pass that leaves no trace.
+
+        The training itself has to run compiled from its first step on, or a resumed run would round otherwise.
+        """
+        buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        with torch.compiler.set_stance("force_eager"), self.throughput.counted(part, forward_only=True):
+            with optim.arithmetic(self.device, self.config.autocast):
+                self.passes.run(part.to(self.device), source, sums)
+        for buffer, before in buffers:
+            buffer.copy_(before)
 
     def _sums(
         self, names: Sequence[tuple[str, float]], numbers: Sequence[Tensor], work: Mapping[str, float]
@@ -491,13 +515,20 @@ class _Run:
             "samples_per_second": round(speed, 3),
             "tokens_per_second": round(rates.get("tokens", 0.0), 1),
             "images_per_second": round(rates.get("images", 0.0), 2),
-            "mfu": self.throughput.mfu(rates.get("slots", 0.0) / self.group.world),
+            "mfu": self._mfu(rates.get("slots", 0.0) / self.group.world),
             "data_wait": round(waited, 4),
             "eta_s": round(max(self.config.samples - self.samples, 0) / max(speed, 1e-9), 1),
         }
         self.log.write(record)
         self._report(record)
         self.progress.line(record)
+
+    def _mfu(self, slots_per_second: float) -> float | None:
+        # The others wait for the first process at their next step, and the measuring counts for no one's speed.
+        started = time.perf_counter()
+        share = self.throughput.mfu(slots_per_second) if self.group.leads else None
+        self.clock.leave_out(time.perf_counter() - started)
+        return share
 
     def _report(self, record: Mapping[str, Any], prefix: str = "") -> None:
         numbers = numbers_of(record, prefix)
@@ -509,8 +540,6 @@ class _Run:
         if hasattr(self, "batches") and hasattr(self.batches, "close"):
             self.batches.close()
         self.saver.close()
-        for reporter in self.reporters:
-            reporter.close()
         self.log.close()
 
     def _leave_out(self, batch: Batch, reason: str) -> None:

@@ -151,7 +151,7 @@ class Progress:
     def __init__(self, on: bool, total: int, done: int, label: str) -> None:
         terminal = on and sys.stderr.isatty()
         self._plain = on and not terminal
-        self._total, self._label = total, label or "train"
+        self._total, self._label, self._pace = total, label or "train", ""
         self._bar = tqdm(
             total=total,
             initial=min(done, total),
@@ -164,13 +164,14 @@ class Progress:
         )
 
     def advance(self, samples: int, losses: Mapping[str, float]) -> None:
-        """Move by ``samples`` and show the smoothed losses."""
+        """Move by ``samples`` and show the smoothed losses, with the speeds of the last log line."""
         if not self._bar.disable:
-            self._bar.set_postfix_str(_losses(losses), refresh=False)
+            self._bar.set_postfix_str(f"{_losses(losses)}{self._pace}", refresh=False)
             self._bar.update(samples)
 
     def line(self, record: Mapping[str, Any]) -> None:
-        """Show a log line, where there is no bar."""
+        """Show a log line, where there is no bar; a bar takes its speeds."""
+        self._pace = f"  {_pace(record)}"
         if self._plain:
             eta = timedelta(seconds=round(record["eta_s"]))
             skipped = "".join(f"  {name} {count:,}" for name, count in record["skipped"].items())
@@ -178,8 +179,7 @@ class Progress:
             sys.stderr.write(
                 f"{self._label}  {record['samples']:,}/{self._total:,} samples  "
                 f"{_losses({**losses, **record['losses']})}  "
-                f"lr {record['lr']:.2e}  {_speeds(record)}  "
-                f"data {record['data_wait']:.0%}{skipped}  ETA {eta}\n"
+                f"lr {record['lr']:.2e}  {_pace(record)}{skipped}  ETA {eta}\n"
             )
             sys.stderr.flush()
 
@@ -193,10 +193,11 @@ class Progress:
         self._bar.close()
 
 
-def _speeds(record: Mapping[str, Any]) -> str:
+def _pace(record: Mapping[str, Any]) -> str:
     names = [n for n in ("samples", "tokens", "images") if record[f"{n}_per_second"] or n == "samples"]
     told = [f"{record[f'{name}_per_second']:,.1f} {name}/s" for name in names]
-    return "  ".join([*told, f"MFU {record['mfu']:.1%}" if record["mfu"] is not None else "MFU unknown"])
+    share = "unknown" if record["mfu"] is None else f"{record['mfu']:.1%}"
+    return "  ".join([*told, f"MFU {share}", f"data {record['data_wait']:.0%}"])
 
 
 def _losses(losses: Mapping[str, float]) -> str:

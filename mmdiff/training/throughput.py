@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,53 +26,72 @@ _FORMULAS: dict[Any, Any] = {
     **flop_registry,
     **{getattr(_ATEN, name): flop_registry[same] for name, same in _SAME.items() if hasattr(_ATEN, name)},
 }
+_FORWARD_PASSES = 3
+"""A step is about this many: the backward pass multiplies twice for each product of the forward pass."""
 
 
 class Throughput:
-    """Counts the operations of the first part that a process runs, and turns speeds into a share of the peak.
+    """Counts the operations of one part of a batch, and turns speeds into a share of the peak.
+
+    The part is watched while it is trained on, so nothing is computed that would not be.
 
     Args:
         device: Where the training is.
         dtype: Dtype of most matrix products.
-        recomputes: Forward passes of blocks are run twice; the second time does not count.
     """
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, recomputes: bool) -> None:
-        self._device, self._dtype, self._recomputes = device, dtype, recomputes
-        self._per_slot: float | None = None
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self._device, self._dtype = device, dtype
+        self._counter = _Counter()
         self._peak: float | None = None
+        self.per_slot: float | None = None
+        """Operations for each slot that the network runs over; None before they were counted."""
 
     @contextmanager
-    def counted(self, part: Batch) -> Iterator[Callable[[], None]]:
-        """Around forward and backward of a part; what it yields is to be called between the two."""
-        if self._per_slot is not None:
-            yield lambda: None
+    def counted(self, part: Batch, *, forward_only: bool = False) -> Iterator[None]:
+        """Around the passes of a part; only the first one is looked at.
+
+        Args:
+            part: What the passes are of.
+            forward_only: There is no backward pass, so that two more forward passes are taken for it.
+        """
+        if self.per_slot is not None:
+            yield
             return
-        counter, forward = _Counter(), [0]
-        # Compiled code is opaque to the counter, so this once it is not used.
-        with torch.compiler.set_stance("force_eager"), counter:
-            yield lambda: forward.__setitem__(0, counter.total)
-        work = counter.total - (forward[0] if self._recomputes else 0)
-        self._per_slot = work / work_of(part)["slots"]
+        with self._counter:
+            yield
+        work = self._counter.total * (_FORWARD_PASSES if forward_only else 1)
+        self.per_slot = work / work_of(part)["slots"]
+
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Around what is computed a second time only to save memory: it is no progress."""
+        before, self._counter.on = self._counter.on, False
+        try:
+            yield
+        finally:
+            self._counter.on = before
 
     def mfu(self, slots_per_second: float) -> float | None:
         """Share of the device's measured peak; None if there is nothing that counts."""
-        if not self._per_slot:
+        if not self.per_slot:
             return None
         if self._peak is None:
             self._peak = peak_flops(self._device, self._dtype)
-        return round(self._per_slot * slots_per_second / self._peak, 4)
+        return round(self.per_slot * slots_per_second / self._peak, 4)
 
 
 def work_of(batch: Batch) -> dict[str, float]:
-    """``tokens`` (real slots of a sequence), ``images``, and ``slots`` that a network runs over, padding included."""
+    """``tokens`` (real slots of a sequence, or codes), ``images``, and ``slots`` that a network runs over."""
     images = sum(len(row) for row in batch.images) if batch.images else 0
     images = max(images, *(len(x) for x in (batch.pixels, batch.latents) if x is not None), 0)
-    return {
-        "tokens": float(batch.valid.sum()),
-        "images": float(images),
-        "slots": float(len(batch) * max(batch.ids.shape[1], 1)),
-    }
+    tokens = float(batch.valid.sum())
+    slots = float(len(batch) * max(batch.ids.shape[1], 1))
+    if batch.packing is not None:
+        slots = tokens / batch.packing.share
+    elif not tokens and batch.latents is not None and not batch.latents.is_floating_point():
+        tokens = float(batch.latents.numel())
+    return {"tokens": tokens, "images": float(images), "slots": slots}
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
@@ -80,8 +99,9 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
 
     On a CPU with the threads that PyTorch uses now; takes some hundredths of a second.
     """
-    sizes = (8192, 4096) if device.type == "cuda" else (512, 256)
-    return max(_speed(torch.ones(n, n, device=device, dtype=dtype)) for n in sizes)
+    sizes = (4096, 8192) if device.type == "cuda" else (256, 512)
+    # Numbers of many bits: with equal ones a GPU draws less power and runs faster than it ever will in training.
+    return max(_speed(torch.linspace(-1, 1, n * n, device=device, dtype=dtype).view(n, n)) for n in sizes)
 
 
 class _Counter(TorchDispatchMode):
@@ -89,13 +109,13 @@ class _Counter(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.total = 0
+        self.total, self.on = 0, True
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        formula = _FORMULAS.get(func._overloadpacket)
+        formula = _FORMULAS.get(func._overloadpacket) if self.on else None
         if formula is not None:
             self.total += int(formula(*args, **(kwargs or {}), out_val=out))
         return out

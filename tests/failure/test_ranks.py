@@ -83,6 +83,30 @@ def test_spread_weights_travel_in_bfloat16(zygote, alone, tmp_path):
     assert load_file(newest(tmp_path / "run") / "model.safetensors")["out.bias"].dtype == torch.float32
 
 
+@pytest.mark.parametrize("parallel", [{"type": "ddp"}, FSDP], ids=lambda p: p["type"])
+def test_the_first_process_alone_reports_and_its_speeds_are_those_of_all(zygote, tmp_path, parallel):
+    (tmp_path / "wandb.py").write_text(
+        "import json, os\n"
+        "from pathlib import Path\n"
+        "def note(*given):\n"
+        "    with (Path(__file__).parent / f'rank{os.environ[\"RANK\"]}').open('a') as file:\n"
+        "        file.write(json.dumps(given) + '\\n')\n"
+        "def init(**options): note('init', options['name'])\n"
+        "def log(values, step): note('log', step, values)\n"
+        "def finish(): note('finish')\n"
+    )
+    env_of = {str(rank): {"TOY_PATH": str(tmp_path)} for rank in range(2)}
+    changes = {**CHANGES, "samples": 16, "report": ("wandb",), "parallel": parallel}
+    assert zygote.run_ranks(tmp_path / "run", 2, changes, env_of) == [0, 0], zygote.said()[-2000:]
+    first, *lines, last = map(json.loads, (tmp_path / "rank0").read_text().splitlines())
+    assert (first, last) == (["init", "run"], ["finish"])
+    assert not (tmp_path / "rank1").exists()
+    assert [step for _, step, _ in lines] == [4, 8, 12, 16]
+    for _, _, values in lines:
+        assert values["tokens_per_second"] == pytest.approx(5 * values["samples_per_second"], rel=0.01)
+        assert values["mfu"] >= 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", [{"type": "ddp"}, FSDP], ids=lambda p: p["type"])
 def test_compiled_blocks_give_the_same_losses(zygote, alone, tmp_path, parallel):

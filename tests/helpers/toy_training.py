@@ -213,6 +213,8 @@ def train(run_dir: Path, plain: bool = False, **changes) -> FitReport:
 def _child(request) -> None:
     os.environ.update(request.get("env", {}))
     code = 0
+    if folder := os.environ.get("TOY_PATH"):
+        sys.path.insert(0, folder)
     if limit := os.environ.get("TOY_FILE_LIMIT"):
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), resource.RLIM_INFINITY))
     try:
