@@ -19,8 +19,12 @@ DEMO = "runs/demo/model/model"
 def here(tmp_path_factory):
     """A folder like the one a user is in after the demo."""
     folder = tmp_path_factory.mktemp("here")
-    Pipeline(tiny.unified_checkpoint()).save_pretrained(folder / DEMO)
-    tiny.picture(0).save(folder / "apple.png")
+    checkpoint = tiny.unified_checkpoint()
+    Pipeline(checkpoint).save_pretrained(folder / DEMO)
+    checkpoint.defaults["edit"] = checkpoint.defaults["image"]
+    Pipeline(checkpoint).save_pretrained(folder / "runs/styles/model/model")
+    for name in ("apple.png", "picture.png"):
+        tiny.picture(0).save(folder / name)
     return folder
 
 
