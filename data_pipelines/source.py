@@ -71,8 +71,10 @@ def open_shards(specs: str | Path | Sequence[str | Path], *, damaged: str = "ref
     urls = list(dict.fromkeys(url for name in names for url in expand(name)))
     ranges = RangeReader()
 
+    bare: list[str] = []
+
     def look(url: str) -> tuple[ShardIndex, int]:
-        return _index(url, ranges), ranges.size(url)
+        return _index(url, ranges, bare), ranges.size(url)
 
     remote = any(scheme_of(url) in REMOTE for url in urls)
     with ThreadPoolExecutor(_AT_ONCE if remote else 1) as pool:
@@ -96,15 +98,17 @@ def size_complaint(shard: ShardIndex, size: int) -> str | None:
     )
 
 
-def _index(url: str, ranges: RangeReader) -> ShardIndex:
-    """The index beside a shard, else a new one, which is not saved: reading writes nothing."""
+def _index(url: str, ranges: RangeReader, bare: list[str]) -> ShardIndex:
+    """The index beside a shard, else a new one, which is not saved: reading writes nothing. ``bare`` notes those."""
     if scheme_of(url) not in REMOTE:
         if Path(index_name(url)).is_file():
             return read_index(index_name(url), url=url)
     # A signed address opens one file, not its neighbour.
     elif "?" not in url and (data := ranges.whole(index_name(url), 1 << 30)) is not None:
         return parse_index(data, url)
-    _log.warning("%s has no index beside it; reading it once (mmdiff data index would save this)", shown(url))
+    if not bare:  # said once: there may be thousands
+        _log.warning("%s has no index beside it; reading such shards once (mmdiff data index saves this)", shown(url))
+    bare.append(url)
     if scheme_of(url) not in REMOTE:
         return build_index(url)
     with ranges.stream(url) as stream:
@@ -128,6 +132,12 @@ def _local(name: str) -> list[str]:
 
 def _folder(path: Path, name: str) -> list[str]:
     found = sorted(str(p) for p in path.glob("*.tar"))
+    known = (str(p).removesuffix(index_name("")) for p in sorted(path.glob(index_name("*.tar"))))
+    if missing := [shard for shard in known if shard not in set(found)]:
+        raise ShardError(
+            f"{missing[0]}: is missing, though its index is there ({len(missing):,} such in {name}); copy it again, or "
+            f"delete {index_name(Path(missing[0]).name)} if it was removed on purpose"
+        )
     if found:
         return found
     if not path.is_dir():

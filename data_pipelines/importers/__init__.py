@@ -13,17 +13,17 @@ from typing import Any
 from mmdiff.errors import ConfigError
 
 from .coco import CocoCaptions, CocoQuestions
-from .folders import TABLES, Captions, Classes, has_text, images_in
+from .folders import TABLES, Captions, Classes, Images, has_text, images_in
 from .llava import Llava
-from .rows import Row, Rows, load
+from .rows import Decoded, Row, Rows, load
 from .shards import Shards
 from .tables import Table, table_files
 
-__all__ = ["KINDS", "Extra", "Row", "Rows", "Shards", "detect", "open_rows"]
+__all__ = ["KINDS", "Decoded", "Extra", "Row", "Rows", "Shards", "detect", "open_rows"]
 
-KINDS = ("captions", "classes", "llava", "coco", "vqa", "table", "shards")
-"""Forms that can be read: images with texts, one folder per class, LLaVA's JSON, COCO's captions, VQA's questions,
-parquet or arrow tables, webdataset shards."""
+KINDS = ("captions", "images", "classes", "llava", "coco", "vqa", "table", "shards")
+"""Forms that can be read: images with texts, images alone, one folder per class, LLaVA's JSON, COCO's captions, VQA's
+questions, parquet or arrow tables, webdataset shards."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +67,7 @@ def open_rows(source: str | Path, kind: str = "auto", extra: Extra | None = None
         return CocoQuestions(path, extra.answers, images)
     if chosen in ("llava", "coco"):
         return (Llava if chosen == "llava" else CocoCaptions)(path, images)
-    return {"captions": Captions, "classes": Classes, "table": Table}[chosen](path)
+    return {"captions": Captions, "images": Images, "classes": Classes, "table": Table}[chosen](path)
 
 
 def detect(source: str | Path) -> str:
@@ -89,7 +89,8 @@ def detect(source: str | Path) -> str:
         return "table"
     if any(images_in(folder) for folder in path.iterdir() if folder.is_dir()):
         return "classes"
-    raise ConfigError(f"{source}: found neither images with .txt or .json beside them nor one folder per class")
+    hint = "; for pictures without texts add --kind images" if images_in(path) else ""
+    raise ConfigError(f"{source}: found neither images with .txt or .json beside them nor one folder per class{hint}")
 
 
 def _kind_of_file(path: Path) -> str:

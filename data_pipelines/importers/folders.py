@@ -1,4 +1,4 @@
-"""Folders of images: with texts beside them, with a table of captions, or one folder per class."""
+"""Folders of images: with texts beside them, with a table of captions, alone, or one folder per class."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mmdiff.errors import ConfigError
 from ..reader import IMAGE_SUFFIXES
 from .rows import Rows, image_suffix, load, packed, read_file, read_text
 
-__all__ = ["TABLES", "Captions", "Classes", "has_text", "images_in"]
+__all__ = ["TABLES", "Captions", "Classes", "Images", "has_text", "images_in"]
 
 TABLES = (
     "captions.json",
@@ -59,6 +59,28 @@ class Captions(Rows):
         if name in self._table:
             members["json"] = packed(self._table[name])
         return members
+
+
+class Images(Rows):
+    """Images at any depth and nothing else, for image tokenizers and the like.
+
+    Args:
+        folder: The folder.
+
+    Raises:
+        ConfigError: No images.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._files = images_in(folder, deep=True)
+        if not self._files:
+            raise ConfigError(f"{folder}: no images here")
+        names = [p.relative_to(folder).as_posix() for p in self._files]
+        super().__init__([n.rpartition(".")[0] for n in names], "images")
+
+    def members(self, i: int) -> Mapping[str, bytes]:
+        """The image; errors as in `Rows`."""
+        return {image_suffix(self._files[i].name): read_file(self._files[i])}
 
 
 class Classes(Rows):

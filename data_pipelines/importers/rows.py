@@ -1,6 +1,6 @@
 """What all importers share: a numbered sequence of samples, and the reading of files within limits.
 
-Images are copied byte for byte; ``lint`` says afterwards which cannot be decoded.
+Images are copied byte for byte; which cannot be decoded says `Decoded` while packing, or ``lint`` afterwards.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from mmdiff.errors import ConfigError, SampleError
+from mmdiff.images import decode
 
 from ..index import MAX_MEMBER_BYTES, split_name
 from ..reader import IMAGE_SUFFIXES, numbered
 
 __all__ = [
+    "Decoded",
     "Row",
     "Rows",
     "clean_keys",
@@ -78,6 +80,29 @@ class Rows(Sequence[Row]):
         return told.hexdigest()[:16]
 
 
+class Decoded(Rows):
+    """Samples of another source; those with an image that cannot be decoded are refused.
+
+    Args:
+        rows: The source.
+    """
+
+    def __init__(self, rows: Rows) -> None:
+        self._rows = rows
+        super().__init__([rows.key(i) for i in range(len(rows))], f"decoded {rows.digest()}")
+
+    def members(self, i: int) -> Mapping[str, bytes]:
+        """Members of the source's sample; errors as in `mmdiff.images.decode`."""
+        members = self._rows.members(i)
+        for suffix, data in members.items():
+            if suffix.rpartition(".")[2] in IMAGE_SUFFIXES:
+                try:
+                    decode(data)
+                except SampleError as error:
+                    raise SampleError(error.reason, f"{self.key(i)}.{suffix}: {error}") from None
+        return members
+
+
 def clean_keys(names: Iterable[object]) -> list[str]:
     """Unique keys out of names of any kind; an unusable or repeated name becomes ``entry_`` and its number."""
     used: set[str] = set()
@@ -127,7 +152,9 @@ def read_file(path: Path) -> bytes:
             raise SampleError("too_large", f"{path}: {size:,} bytes, limit {MAX_MEMBER_BYTES:,}; make it smaller")
         return path.read_bytes()
     except OSError as error:
-        raise SampleError("missing_file", f"{path}: cannot be read ({error.strerror})") from None
+        lost = isinstance(error, FileNotFoundError)
+        hint = "; the folder of the images that a file names is given with --images DIR" if lost else ""
+        raise SampleError("missing_file", f"{path}: cannot be read ({error.strerror}){hint}") from None
 
 
 def pictures(paths: Sequence[Path]) -> dict[str, bytes]:

@@ -51,7 +51,9 @@ def pack(
         str, typer.Argument(help="Folder of images, JSON of LLaVA, COCO or VQA, parquet file or folder, or shards.")
     ],
     out: Annotated[Path, typer.Option("--out", help="Folder for the shards.")],
-    kind: Annotated[str, typer.Option(help="auto, captions, classes, llava, coco, vqa, table or shards.")] = "auto",
+    kind: Annotated[
+        str, typer.Option(help="auto, captions, images, classes, llava, coco, vqa, table or shards.")
+    ] = "auto",
     images: Annotated[Path | None, typer.Option(help="Folder of the images of a JSON file.")] = None,
     answers: Annotated[Path | None, typer.Option(help="Annotations that belong to VQA's questions.")] = None,
     captions: Annotated[
@@ -60,15 +62,19 @@ def pack(
     name: Annotated[str, typer.Option(help="First part of the shards' names.")] = "shard",
     samples_per_shard: Annotated[int, typer.Option(min=1, help="Samples per shard.")] = 2000,
     workers: _WORKERS = 1,
+    check: Annotated[
+        bool, typer.Option("--check", help="Decode every image; one that cannot be is unreadable.")
+    ] = False,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out and count unreadable samples.")] = False,
     overwrite: _OVERWRITE = False,
     as_json: _JSON = False,
 ) -> None:
     """Pack images and texts into shards with indexes; run again after an interruption, it goes on."""
-    from data_pipelines.importers import Extra, open_rows
+    from data_pipelines.importers import Decoded, Extra, open_rows
     from data_pipelines.pack import pack as write
 
     rows = open_rows(source, kind, Extra(images=images, answers=answers, captions=captions))
+    rows = Decoded(rows) if check else rows
     with _counter(len(rows)) as tick:
         report = write(
             rows, out, name, samples_per_shard, workers=workers, skip_bad=skip_bad, overwrite=overwrite, tick=tick
@@ -318,7 +324,8 @@ def _samples(shards: list[str]) -> int:
 
 
 def _packed(report: Any, out: Path) -> str:
-    text = f"{report.samples:,} samples in {len(report.shards):,} shards in {out}"
+    shards = "1 shard" if len(report.shards) == 1 else f"{len(report.shards):,} shards"
+    text = f"{report.samples:,} samples in {shards} in {out}"
     if report.resumed:
         text += f", {report.resumed:,} of them finished before"
     if report.skipped:

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipelines.importers import Extra, Rows, detect, open_rows
+from data_pipelines.importers import Decoded, Extra, Rows, detect, open_rows
 from data_pipelines.pack import pack, write_shards
 from data_pipelines.parallel import run_parts
 from data_pipelines.reader import iter_samples
@@ -59,6 +59,28 @@ def images(tmp_path: Path) -> Path:
         write(tmp_path / "images" / f"v1.{i:02d}.png", png(i))
         write(tmp_path / "images" / f"v1.{i:02d}.txt", f"picture {i}")
     return tmp_path / "images"
+
+
+def test_pictures_alone_are_packed_when_asked_for(images: Path, tmp_path: Path) -> None:
+    for text in images.glob("*.txt"):
+        text.unlink()
+    with pytest.raises(ConfigError, match="add --kind images"):
+        open_rows(images)
+    report = pack(open_rows(images, "images"), tmp_path / "s")
+    samples = [s for s, _ in iter_samples(str(report.shards[0])) if s is not None]
+    assert [(s.key, dict(s.members)) for s in samples] == [(f"v1.{i:02d}", {"png": png(i)}) for i in range(12)]
+
+
+def test_pictures_that_cannot_be_decoded_are_found_while_packing_if_asked_for(images: Path, tmp_path: Path) -> None:
+    (images / "v1.03.png").write_bytes(b"<html>404</html>")
+    (images / "v1.07.png").write_bytes(png(7)[:60])
+    assert pack(open_rows(images), tmp_path / "all").samples == 12
+    rows = Decoded(open_rows(images))
+    with pytest.raises(SampleError, match=r"v1\.03\.png"):
+        pack(rows, tmp_path / "stops")
+    reports = [pack(rows, tmp_path / f"good{n}", workers=n, skip_bad=True) for n in (1, 2)]
+    assert contents(tmp_path / "good1") == contents(tmp_path / "good2")
+    assert {(r.samples, sum(r.skipped.values())) for r in reports} == {(10, 2)}
 
 
 def test_llava_entries_with_several_images_and_turns_come_through(tmp_path: Path) -> None:

@@ -33,6 +33,22 @@ def test_files_folders_globs_and_braces_name_the_same_shards(make_shards: Make, 
     assert [i.url for i in open_shards([folder, shards[0]])] == shards
 
 
+def test_a_shard_that_is_missing_from_its_folder_is_an_error_and_one_line_tells_of_all_without_index(
+    make_shards: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    shards = make_shards(60, 20)
+    folder = shards[0].parent
+    for shard in shards[:2]:
+        Path(index_name(shard)).unlink()
+    assert len(open_shards(folder)) == 3
+    assert len(caplog.records) == 1
+    shards[2].unlink()
+    with pytest.raises(ShardError, match=r"s-00002\.tar: is missing, though its index is there \(1 such"):
+        open_shards(folder)
+    Path(index_name(shards[2])).unlink()
+    assert len(open_shards(folder)) == 2
+
+
 def test_a_name_with_braces_or_a_colon_that_exists_is_itself(tmp_path: Path, make_shards: Make) -> None:
     (shard,) = make_shards(2)
     for name in ("a{1..3}.tar", "run:1.tar"):
