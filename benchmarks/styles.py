@@ -141,7 +141,7 @@ def captions(model: Any, wanted: Sequence[Held]) -> None:
     """Whether captions name the style, and the emoji word for word."""
     groups, pictures = [h.info["concept"] for h in wanted], [h.image for h in wanted]
     for name, shown in (("", pictures), (", pictures shuffled", shuffled(pictures))):
-        said = [text for part in parts(shown) for text in model.vision.caption(list(part), gen_length=16)]
+        said = [text for part in parts(shown) for text in model.vision.caption(list(part))]
         named = [text.rpartition(", ") for text in said]
         styles = [f"{h.info['style']} style" for h in wanted]
         row(f"caption names the style{name}", equal([n[2] for n in named], styles), groups)

@@ -121,6 +121,7 @@ def test_the_same_tasks_are_learnt_with_continuous_image_tokens(recipe, plain, t
     network |= {"codes": None, "latents": {"grid": 8, "channels": 2, "patch": 2, "head_width": 16, "head_depth": 1}}
     recipe |= {"model": network, "init_from": None, "image_tokenizer": str(tmp_path / "vae"), "generation": None}
     recipe["train"]["optim"]["factors"] = {"vision": 0, "latents": 2}
+    assert train.run(recipe, dry_run=True).estimate.losses["loss"] > 0
     result = train.run(recipe, progress=False)
     assert set(result.fit.losses) >= TASKS
     assert not result.fit.skipped
