@@ -1,13 +1,14 @@
 """Tasks of networks that read and draw images as codes of their own vocabulary, in the sequences they were trained on.
 
-What is said about an image is made by the ordinary tasks; here its codes are put in front of the conversation. What is
-drawn has a prompt of its own, which is left empty now and then, so that guidance has an unconditional branch.
+What is said about an image is made by the ordinary tasks; here its codes are put where the family's script wants them.
+What is drawn has a prompt of its own, which is dropped now and then, so that guidance has an unconditional branch.
 
-Source: MMaDA (arXiv 2505.15809), published prompt builder.
+Source: MMaDA (arXiv 2505.15809) and Lumina-DiMOO (arXiv 2510.06308), published prompts.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -21,56 +22,65 @@ from mmdiff.text import Tokenizer
 
 from .reader import Sample
 
-__all__ = ["BehindCodes", "DrawnCodes", "PicturelessTokenizer"]
+__all__ = ["BesideCodes", "DrawnCodes", "PicturelessTokenizer"]
 
 Codes = Callable[[Sample, Layout], Any]
 
 
 class PicturelessTokenizer:
-    """A tokenizer whose conversations leave images out: their codes stand in front.
+    """A tokenizer whose conversations are the family's and leave images out: their codes are put in afterwards.
 
     Args:
         tokenizer: The tokenizer.
+        script: The family's, such as `mmdiff.text.mmada.Scripts`.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, script: Any) -> None:
+        self._tokenizer, self._script = tokenizer, script
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._tokenizer, name)
 
     def chat(self, messages: Sequence[Mapping[str, Any]], slots: Any = 0, answer: Any = None, **options: Any) -> Any:
         """As `mmdiff.text.Tokenizer.chat`, without the images."""
-        return self._tokenizer.chat([_without_images(m) for m in messages], 0, answer, **options)
+        return self._script.told(self._tokenizer, [_without_images(m) for m in messages], answer)
 
 
-class BehindCodes:
-    """A task about an image, its example behind the image's codes.
+class BesideCodes:
+    """A task about an image, with the image's codes in its example.
 
     Args:
         task: The ordinary task, made with a `PicturelessTokenizer`.
+        tokenizer: The tokenizer.
         layout: What the model expects.
         codes: Reads the codes of a sample.
     """
 
-    def __init__(self, task: Callable[[Sample, torch.Generator], Example], layout: Layout, codes: Codes) -> None:
-        self.task, self.layout, self.codes = task, layout, codes
+    def __init__(
+        self, task: Callable[[Sample, torch.Generator], Example], tokenizer: Tokenizer, layout: Layout, codes: Codes
+    ) -> None:
+        self.task, self.tokenizer, self.layout, self.codes = task, tokenizer, layout, codes
 
     def __call__(self, sample: Sample, generator: torch.Generator) -> Example:
         """One example."""
         said = self.task(sample, generator)
         codes = (self.codes(sample, self.layout) + self.layout.code_offset).tolist()
-        front = torch.tensor(self.layout.script.picture([codes]))
+        shown = torch.tensor(self.layout.script.shown(codes, math.isqrt(len(codes))))
+        answer = int((said.labels != IGNORE).nonzero()[0])
+        place = self.layout.script.place(self.tokenizer, answer)
 
-        def behind(row: Tensor, value: float) -> Tensor:
-            return torch.cat([row.new_full((len(front),), value), row])
+        def around(row: Tensor, new: Tensor) -> Tensor:
+            return torch.cat([row[:place], new, row[place:]])
+
+        def nothing(row: Tensor, value: float) -> Tensor:
+            return around(row, row.new_full((len(shown),), value))
 
         return replace(
             said,
-            ids=torch.cat([front, said.ids]),
-            labels=behind(said.labels, IGNORE),
-            weights=behind(said.weights, 0.0),
-            droppable=behind(said.droppable, False),
+            ids=around(said.ids, shown),
+            labels=nothing(said.labels, IGNORE),
+            weights=nothing(said.weights, 0.0),
+            droppable=nothing(said.droppable, False),
         )
 
     def length(self, sample: Sample, generator: torch.Generator) -> int:
@@ -108,18 +118,19 @@ class DrawnCodes:
         """One example."""
         text, script = self.text(sample, generator), self.layout.script
         empty = rng.uniform(generator, (1,)).item() < self.options.drop_text
-        before = [*script.prompt([] if empty else self.tokenizer.encode(text)), script.ids.soi]
-        codes = torch.from_numpy(self.codes(sample, self.layout)) + self.layout.code_offset
-        ids = torch.cat([torch.tensor(before), codes, torch.tensor([script.ids.eoi])])
+        before = script.drawing(self.tokenizer, None if empty else self.tokenizer.encode(text))
+        codes = (self.codes(sample, self.layout) + self.layout.code_offset).tolist()
+        side = math.isqrt(len(codes))
+        ids = torch.tensor([*before, *script.slots(codes, side)])
         learnt = torch.zeros(len(ids), dtype=torch.bool)
-        learnt[len(before) : len(before) + len(codes)] = True
+        learnt[len(before) + torch.tensor(script.cells(side))] = True
         return Example(
             key=sample.key,
             task=self.options.type,
             ids=ids,
             labels=torch.where(learnt, ids, IGNORE),
             weights=learnt.float(),
-            # Guidance reads the empty prompt, so none is masked.
+            # Guidance reads the prompt that stands for none, so nothing is masked.
             droppable=torch.zeros(len(ids), dtype=torch.bool),
         )
 

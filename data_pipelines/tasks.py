@@ -19,7 +19,7 @@ from mmdiff.batch import IGNORE, IMAGE, Example, Layout
 from mmdiff.errors import ConfigError, SampleError
 from mmdiff.text import Tokenizer, from_llava
 
-from .code_tasks import BehindCodes, DrawnCodes, PicturelessTokenizer
+from .code_tasks import BesideCodes, DrawnCodes, PicturelessTokenizer
 from .contents import caption_of, codes_of, instructions, questions, texts
 from .conversations import read_conversation
 from .latents import LatentTask, PromptedTask, read_latents
@@ -68,12 +68,12 @@ def build_task(options: Any, tokenizer: Tokenizer | None, layout: Layout, cache:
 def _as_codes(options: Any, tokenizer: Any, layout: Layout) -> Task:
     """A task of a network that reads and draws images as codes of its vocabulary."""
     kind = options.type
-    if layout.script is None or kind not in ("caption", "vqa", "text_to_image", "class_to_image"):
-        raise ConfigError(f"task {kind!r}: not known for this family; it is decoded, and learns the task text")
+    if kind not in ("caption", "vqa", "text_to_image", "class_to_image"):
+        raise ConfigError(f"task {kind!r}: not known for this family")
     if kind in ("caption", "vqa"):
-        task = _TASKS[kind](options, PicturelessTokenizer(tokenizer), layout, None)
+        task = _TASKS[kind](options, PicturelessTokenizer(tokenizer, layout.script), layout, None)
         task.picture = _no_picture
-        return BehindCodes(task, layout, codes_of)
+        return BesideCodes(task, tokenizer, layout, codes_of)
     made = _TASKS[kind](options, tokenizer, layout, None)
     return DrawnCodes(options, tokenizer, layout, codes_of, made.said)
 

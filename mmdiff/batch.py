@@ -52,7 +52,7 @@ class Layout:
         codebook: K, number of image codes.
         code_mask: Id of a masked image code where it is not the id behind the last code.
         reads_codes: Whether the model reads images as codes of its image tokenizer.
-        script: How such a model's sequences are built, a `mmdiff.text.mmada.Scripts`; None: no task builds them.
+        script: How such a model's sequences are built: a `mmdiff.text.mmada.Scripts` or `mmdiff.text.lumina.Scripts`.
         latents: (C, h, w) of the latents of a model with continuous image tokens; empty for others.
         classes: Number of classes of a class-conditional model, 0 for others.
         tiling: How pictures become crops, an `mmdiff.images.Tiling`; None: every picture is one square.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from tests.helpers import tiny
 
 EXAMPLE = re.compile(r"```python\n(.*?)```", re.DOTALL)
 PAGES = {p: p.read_text() for p in sorted((Path(__file__).parent.parent / "docs" / "tasks").glob("*.md"))}
-DEMO = "runs/demo/model/model"
+DEMO, STYLES = "runs/demo/model/model", "runs/styles/model/model"
 
 
 @pytest.fixture(scope="module")
@@ -21,10 +22,9 @@ def here(tmp_path_factory):
     folder = tmp_path_factory.mktemp("here")
     checkpoint = tiny.unified_checkpoint()
     Pipeline(checkpoint).save_pretrained(folder / DEMO)
-    checkpoint.defaults["edit"] = checkpoint.defaults["image"]
-    Pipeline(checkpoint).save_pretrained(folder / "runs/styles/model/model")
-    for name in ("apple.png", "picture.png"):
-        tiny.picture(0).save(folder / name)
+    edits = {**checkpoint.defaults, "edit": checkpoint.defaults["image"]}
+    Pipeline(dataclasses.replace(checkpoint, defaults=edits)).save_pretrained(folder / STYLES)
+    tiny.picture(0).save(folder / "apple.png")
     return folder
 
 

@@ -10,7 +10,7 @@ from typing import Literal
 from mmdiff.config import Field, config
 from mmdiff.models.llada import Config as LanguageConfig
 from mmdiff.models.mmada import CodesInText, MMaDA
-from mmdiff.text.lumina import SpecialIds
+from mmdiff.text.lumina import Scripts, SpecialIds
 
 __all__ = ["Config", "Lumina"]
 
@@ -41,8 +41,8 @@ class Lumina(MMaDA):
 
     config: Config
 
-    def _script(self) -> None:
-        """No task builds its sequences."""
+    def _script(self) -> Scripts:
+        return Scripts(self.config.special)
 
 
 Lumina.Config = Config

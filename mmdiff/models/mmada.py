@@ -132,7 +132,7 @@ class MMaDA(PretrainedModule):
         rows = table.weight[c.code_offset : c.code_offset + c.codebook]
         return torch.nn.functional.linear(hidden, rows)
 
-    def _script(self) -> Scripts | None:
+    def _script(self) -> Any:
         """How training builds sequences."""
         return Scripts(self.config.special, self.config.text_length)
 

@@ -21,7 +21,7 @@ from mmdiff.pipelines.drawing import Job, words_of
 from mmdiff.pipelines.painters import EnginePainter, slots_of
 from mmdiff.sampling import Canvas, CodeBackbone, Decoded, layout
 from mmdiff.sampling.vocabulary_presets import lumina_parts, mmada_parts
-from mmdiff.text import Tokenizer, lumina, mmada
+from mmdiff.text import Tokenizer, lumina
 
 __all__ = ["LuminaScript", "MMaDAScript", "Script", "ScriptPainter", "script_of"]
 
@@ -31,6 +31,9 @@ _PATCH = 2
 
 class Script:
     """Sequences of one checkpoint. Pictures are ids of the vocabulary.
+
+    Attributes:
+        scripts: The family's layouts in ids, such as `mmdiff.text.mmada.Scripts`.
 
     Args:
         checkpoint: Network, tokenizer and image tokenizer.
@@ -46,6 +49,7 @@ class Script:
         self.checkpoint, self.config = checkpoint, config
         self.offset: int = checkpoint.layout.code_offset
         self.grid: int = config.grid
+        self.scripts: Any = checkpoint.layout.script
         self.tokenizer: Tokenizer = tokenizer_of(checkpoint)
         if self.tokenizer.vocab_size != self.offset:
             raise CheckpointError(
@@ -111,12 +115,12 @@ class Script:
 
     def slots(self, codes: Sequence[int | None]) -> list[int | None]:
         """What follows: the codes, None where one is drawn, and what stands between and behind them."""
-        raise NotImplementedError
+        return list(self.scripts.slots(codes, self.grid))
 
     @property
-    def cells(self) -> Any:
+    def cells(self) -> list[int]:
         """Which of the slots are codes."""
-        raise NotImplementedError
+        return list(self.scripts.cells(self.grid))
 
     @property
     def pad_id(self) -> int:
@@ -127,15 +131,11 @@ class Script:
 class MMaDAScript(Script):
     """MMaDA: pictures in front of the conversation, prompts of a task token and a text."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        super().__init__(checkpoint)
-        self.scripts = mmada.Scripts(self.config.special, self.config.text_length)
-
     def conversation(
         self, messages: Sequence[Mapping[str, Any]], shown: Sequence[Any], answer: str | None
     ) -> tuple[list[int], list[int]]:
         """Of each picture the largest centred square is read."""
-        chat = self.tokenizer.chat(messages, (), answer)
+        chat = self.scripts.told(self.tokenizer, messages, answer)
         front: list[int] = []
         if shown:
             pixels = torch.stack([to_pixels(p, self.size, "crop") for p in shown])
@@ -144,16 +144,7 @@ class MMaDAScript(Script):
 
     def drawing(self, text: str | None) -> list[int]:
         """Task, text, start of the image; without a condition the text is empty."""
-        return [*self.scripts.prompt([] if text is None else self.tokenizer.encode(text)), self.config.special.soi]
-
-    def slots(self, codes: Sequence[int | None]) -> list[int | None]:
-        """The codes and the end of the image."""
-        return [*codes, self.config.special.eoi]
-
-    @property
-    def cells(self) -> slice:
-        """The first N."""
-        return slice(0, self.grid**2)
+        return self.scripts.drawing(self.tokenizer, None if text is None else self.tokenizer.encode(text))
 
     @property
     def pad_id(self) -> int:
@@ -163,10 +154,6 @@ class MMaDAScript(Script):
 
 class LuminaScript(Script):
     """Lumina-DiMOO: a system sentence, the user's part with its pictures, rows of codes with breaks."""
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        super().__init__(checkpoint)
-        self.scripts = lumina.Scripts(self.config.special)
 
     @property
     def end_ids(self) -> tuple[int, ...]:
@@ -181,42 +168,22 @@ class LuminaScript(Script):
         Raises:
             ConfigError: Several turns, which the published sequences do not have.
         """
-        if len(messages) != 1 or messages[0].get("role") != "user":
-            raise ConfigError("this network answers single questions: give one message of the user")
-        content = messages[0].get("content")
-        parts = [p.get("text", "") for p in content] if isinstance(content, list) else [content]
-        question = "".join(str(p) for p in parts).strip()
-        if not question:
-            raise ConfigError("chat: a message is empty")
-        pictures = [self._picture(p) for p in shown]
-        prompt = self.scripts.prompt(self.tokenizer, lumina.READ, self.tokenizer.encode(question), pictures)
-        tail = [] if answer is None else [*self.tokenizer.encode(answer), self.config.special.eoa]
-        return prompt, tail
+        told = self.scripts.told(self.tokenizer, messages, answer)
+        place = self.scripts.place(self.tokenizer, told.answer_start)
+        pictures = [i for p in shown for i in self._picture(p)]
+        prompt = [*told.ids[:place], *pictures, *told.ids[place : told.answer_start]]
+        return prompt, told.ids[told.answer_start :]
 
     def drawing(self, text: str | None) -> list[int]:
         """Without a condition a token of its own stands for the text."""
-        prompt = self.scripts.prompt(self.tokenizer, lumina.DRAW, self._user(text))
-        return [*prompt, self.config.special.boi]
+        return self.scripts.drawing(self.tokenizer, None if text is None else self.tokenizer.encode(text))
 
     def editing(self, text: str | None, codes: Sequence[int]) -> list[int]:
         """The picture stays in sight when the instruction is dropped."""
         picture = self.scripts.picture([c + self.offset for c in codes], self.grid, self.grid)
-        prompt = self.scripts.prompt(self.tokenizer, lumina.EDIT, self._user(text), [picture])
+        user = [self.config.special.uncondition] if text is None else self.tokenizer.encode(text)
+        prompt = self.scripts.prompt(self.tokenizer, lumina.EDIT, user, [picture])
         return [*prompt, self.config.special.boi]
-
-    def slots(self, codes: Sequence[int | None]) -> list[int | None]:
-        """Rows, each closed by a break; the end of the image and of the answer."""
-        special, side = self.config.special, self.grid
-        rows = [[*codes[i * side : (i + 1) * side], special.newline] for i in range(side)]
-        return [*(slot for row in rows for slot in row), special.eoi, special.eoa]
-
-    @property
-    def cells(self) -> Int[Tensor, "N"]:
-        """All but the breaks."""
-        return (torch.arange(self.grid)[:, None] * (self.grid + 1) + torch.arange(self.grid)).flatten()
-
-    def _user(self, text: str | None) -> list[int]:
-        return [self.config.special.uncondition] if text is None else self.tokenizer.encode(text)
 
     def _picture(self, picture: Any) -> list[int]:
         factor = int(self.images.config.factor)

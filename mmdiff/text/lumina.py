@@ -8,10 +8,13 @@ Source: Lumina-DiMOO (arXiv 2510.06308), published prompts; the sentences say wh
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from mmdiff.config import Field, config
+from mmdiff.errors import ConfigError
+from mmdiff.text.template import Encoded
 from mmdiff.text.tokenizer import Tokenizer
 
 __all__ = ["DRAW", "EDIT", "READ", "Scripts", "SpecialIds"]
@@ -71,11 +74,53 @@ class Scripts:
             user: Ids of the user's text.
             pictures: Images that are shown, as `picture` gives them.
         """
-
-        def tag(spelling: str) -> list[int]:
-            known = tokenizer.special_id(spelling)
-            return tokenizer.encode(spelling) if known is None else [known]
-
         shown = [i for ids in pictures for i in ids]
-        system = [*tag("<system>"), *tokenizer.encode(sentence), *tag("</system>")]
-        return [*system, *tag("<user>"), *user, *shown, *tag("</user>"), self.ids.boa]
+        system = [*_tag(tokenizer, "<system>"), *tokenizer.encode(sentence), *_tag(tokenizer, "</system>")]
+        return [*system, *_tag(tokenizer, "<user>"), *user, *shown, *self._closing(tokenizer)]
+
+    def told(self, tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], answer: str | None) -> Encoded:
+        """A question and its answer, without the pictures.
+
+        Raises:
+            ConfigError: Several turns, which the published sequences do not have, or nothing asked.
+        """
+        if len(messages) != 1 or messages[0].get("role") != "user":
+            raise ConfigError("this network answers single questions: give one message of the user")
+        content = messages[0].get("content")
+        parts = [p.get("text", "") for p in content] if isinstance(content, list) else [content]
+        question = "".join(str(p) for p in parts).strip()
+        if not question:
+            raise ConfigError("chat: a message is empty")
+        prompt = self.prompt(tokenizer, READ, tokenizer.encode(question))
+        tail = [] if answer is None else [*tokenizer.encode(answer), self.ids.eoa]
+        return Encoded([*prompt, *tail], len(prompt), (0, 0))
+
+    def place(self, tokenizer: Tokenizer, start: int) -> int:
+        """Where pictures go into ``told``, whose answer begins at ``start``: behind the question."""
+        return start - len(self._closing(tokenizer))
+
+    def shown(self, codes: Sequence[int], side: int) -> list[int]:
+        """A square picture that a question is about."""
+        return self.picture(codes, side, side)
+
+    def drawing(self, tokenizer: Tokenizer, text: Sequence[int] | None) -> list[int]:
+        """What stands before the codes of a picture that is drawn; None: without a condition, which has an id."""
+        user = [self.ids.uncondition] if text is None else text
+        return [*self.prompt(tokenizer, DRAW, user), self.ids.boi]
+
+    def slots(self, codes: Sequence[int | None], side: int) -> list[int | None]:
+        """What follows: rows, each closed by a break; the end of the image and of the answer."""
+        rows = [[*codes[i * side : (i + 1) * side], self.ids.newline] for i in range(side)]
+        return [*(slot for row in rows for slot in row), self.ids.eoi, self.ids.eoa]
+
+    def cells(self, side: int) -> list[int]:
+        """Which of the slots are codes: all but the breaks."""
+        return [row * (side + 1) + column for row in range(side) for column in range(side)]
+
+    def _closing(self, tokenizer: Tokenizer) -> list[int]:
+        return [*_tag(tokenizer, "</user>"), self.ids.boa]
+
+
+def _tag(tokenizer: Tokenizer, spelling: str) -> list[int]:
+    known = tokenizer.special_id(spelling)
+    return tokenizer.encode(spelling) if known is None else [known]

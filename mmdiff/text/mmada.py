@@ -8,11 +8,14 @@ Source: MMaDA (arXiv 2505.15809), published prompt builder with reserved tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from mmdiff.batch import IGNORE
 from mmdiff.config import Field, config
+from mmdiff.text.template import Encoded
+from mmdiff.text.tokenizer import Tokenizer
 
 __all__ = ["Row", "Scripts", "SpecialIds"]
 
@@ -122,6 +125,30 @@ class Scripts:
         """What stands before a conversation about images; published sequences hold one."""
         s = self.ids
         return [s.mmu, *(i for codes in images for i in (s.soi, *codes, s.eoi))]
+
+    def told(self, tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], answer: str | None) -> Encoded:
+        """A conversation and its answer, without the pictures."""
+        return tokenizer.chat(messages, (), answer)
+
+    def place(self, tokenizer: Tokenizer, start: int) -> int:
+        """Where pictures go into ``told``: in front."""
+        return 0
+
+    def shown(self, codes: Sequence[int], side: int) -> list[int]:
+        """A picture that a conversation is about."""
+        return self.picture([codes])
+
+    def drawing(self, tokenizer: Tokenizer, text: Sequence[int] | None) -> list[int]:
+        """What stands before the codes of a picture that is drawn; None: without a condition, which is no text."""
+        return [*self.prompt([] if text is None else text), self.ids.soi]
+
+    def slots(self, codes: Sequence[int | None], side: int) -> list[int | None]:
+        """What follows: the codes and the end of the image."""
+        return [*codes, self.ids.eoi]
+
+    def cells(self, side: int) -> list[int]:
+        """Which of the slots are codes: the first."""
+        return list(range(side**2))
 
     def reasoning_to_image(self, text: Sequence[int], codes: Sequence[int]) -> Row:
         """A conversation whose answer reasons, then the image; without an answer all of the text is given."""

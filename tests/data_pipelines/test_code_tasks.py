@@ -1,10 +1,9 @@
-"""Tasks in MMaDA's sequences: what training meets is what inference shows."""
+"""Tasks in MMaDA's and Lumina-DiMOO's sequences: what training meets is what inference shows."""
 
 from __future__ import annotations
 
 import io
 import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from data_pipelines.task_config import (
     CaptionConfig,
     ChatConfig,
     ClassToImageConfig,
+    EditConfig,
     TextConfig,
     TextToImageConfig,
     VqaConfig,
@@ -32,10 +32,12 @@ from mmdiff.training.objective import Masked
 from tests.helpers import lumina, mmada
 from tests.helpers.tiny import picture
 
+SQUARE = (16, 16)
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return mmdiff.load(mmada.publish(tmp_path_factory.mktemp("mmada")), device="cpu").checkpoint
+
+@pytest.fixture(scope="module", params=[mmada, lumina], ids=["mmada", "lumina"])
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return mmdiff.load(request.param.publish(tmp_path_factory.mktemp("published")), device="cpu").checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +46,7 @@ def codes(checkpoint: Any) -> np.ndarray:
     painter = painter_of(checkpoint)
     from mmdiff.images import to_pixels
 
-    return painter.encode(to_pixels(picture(0), painter.size, "crop")[None])[0].numpy()
+    return painter.encode(to_pixels(picture(0, *SQUARE), painter.size, "crop")[None])[0].numpy()
 
 
 def sample(codes: np.ndarray | None) -> Sample:
@@ -72,11 +74,13 @@ def example(checkpoint: Any, options: Any, codes: np.ndarray | None, seed: int =
 )
 def test_what_is_learnt_follows_the_prompt_of_inference(checkpoint, codes, options, question, answer):
     made = example(checkpoint, options, codes)
-    prompt = Prompter(checkpoint).conversation(about(picture(0), question)).ids
+    prompt = Prompter(checkpoint).conversation(about(picture(0, *SQUARE), question)).ids
     assert made.ids[: len(prompt)].tolist() == prompt
     assert (made.labels[: len(prompt)] == IGNORE).all()
     said = made.labels[made.labels != IGNORE].tolist()
-    assert checkpoint.tokenizer.decode(said[: said.index(checkpoint.tokenizer.eot_id)]) == answer
+    words = checkpoint.tokenizer.encode(answer)
+    assert said[: len(words)] == words
+    assert said[len(words)] in (checkpoint.tokenizer.eot_id, getattr(checkpoint.model.config.special, "eoa", None))
 
 
 @pytest.mark.parametrize(
@@ -115,9 +119,7 @@ def test_shards_without_codes_say_what_makes_them(checkpoint):
         example(checkpoint, CaptionConfig(), None)
 
 
-def test_what_a_family_has_no_sequences_for_is_refused(checkpoint, tmp_path: Path):
-    with pytest.raises(ConfigError, match="not known for this family"):
-        build_task(ChatConfig(), checkpoint.tokenizer, checkpoint.layout)
-    other = mmdiff.load(lumina.publish(tmp_path), device="cpu").checkpoint
-    with pytest.raises(ConfigError, match="not known for this family"):
-        build_task(CaptionConfig(), other.tokenizer, other.layout)
+def test_what_a_family_has_no_sequences_for_is_refused(checkpoint):
+    for options in (ChatConfig(), EditConfig()):
+        with pytest.raises(ConfigError, match="not known for this family"):
+            build_task(options, checkpoint.tokenizer, checkpoint.layout)
