@@ -31,15 +31,20 @@ class Curve:
     ys: Sequence[float]
 
 
-def line_chart(curves: Sequence[Curve], *, x_label: str, y_label: str, smooth: bool = True) -> str:
-    """An SVG element with axes, one line per curve and, where ``smooth``, the raw values as a faint line behind."""
+def line_chart(
+    curves: Sequence[Curve], *, x_label: str, y_label: str, smooth: bool = True, reach: Sequence[float] = ()
+) -> str:
+    """An SVG element with axes, one line per curve and, where ``smooth``, the raw values as a faint line behind.
+
+    ``reach`` holds values that the vertical axis includes too, so that several charts can have one scale.
+    """
     points = [_finite(curve) for curve in curves]
     everything = [p for line in points for p in line]
     if not everything:
         return '<p class="note">No values were logged.</p>'
     left, right, bottom = _LEFT, _WIDTH - _RIGHT, _HEIGHT - _BOTTOM
     to_x, x_ticks = _axis([x for x, _ in everything], left, right, 4, tight=True)
-    to_y, y_ticks = _axis([y for _, y in everything], bottom, _TOP, 4)
+    to_y, y_ticks = _axis([*(y for _, y in everything), *reach], bottom, _TOP, 4)
     parts = []
     for tick in y_ticks:
         y = to_y(tick)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -46,7 +49,10 @@ def check(
     target = network_of(config, overrides or [])
     width = base_width or _recipe_width(config, overrides or []) or size_of(target, "width")
     base = with_size(target, width=width, depth=base_depth)
-    plan = mup.plan(target, base, rule=_one_of(rule, "rule", "sp", "mup", "depth"))
+    if base == target:
+        typer.echo("the base is the network itself, so every factor is 1: name a base with --base-width", err=True)
+    with _warnings_said():
+        plan = mup.plan(target, base, rule=_one_of(rule, "rule", "sp", "mup", "depth"))
     kinds = _one_of(optimizer, "optimizer", "adamw", "adam", "sgd", "muon")
     rows = plan.table(kinds, _one_of(decay, "decay", "independent", "coupled"))
     reports = {}
@@ -147,6 +153,16 @@ def coordinates(
         name: coord_check(trials(base, variant, lr=lr), widths, steps=steps, seeds=seeds)
         for name, variant in names.items()
     }
+
+
+@contextmanager
+def _warnings_said() -> Iterator[None]:
+    """Warnings within the block as sentences on stderr, without the line of code."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        yield
+    for message in dict.fromkeys(str(w.message) for w in caught):
+        typer.echo(f"warning: {message}", err=True)
 
 
 def _recipe_width(source: str, overrides: list[str]) -> int | None:

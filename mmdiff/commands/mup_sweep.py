@@ -161,10 +161,10 @@ def _run_point(config: str, overrides: list[str], point: Point, base_width: int,
     from mmdiff.io.atomic import save_json
 
     result = Path(folder) / "result.json"
-    if result.is_file():
-        loss = json.loads(result.read_text(encoding="utf-8"))["loss"]
-        return math.inf if loss is None else float(loss)
     changes = _changes(config, overrides, point, base_width, folder)
+    recipe = _recipe(config, changes)
+    if result.is_file():
+        return _finished(result, recipe)
     try:
         report = run(config, changes, resume=(Path(folder) / "config.yaml").is_file(), progress=False)
         if report.fit is not None and report.fit.stopped:
@@ -174,8 +174,33 @@ def _run_point(config: str, overrides: list[str], point: Point, base_width: int,
         if "finite" not in str(error):
             raise
         loss = math.inf
-    save_json(result, {"loss": loss if math.isfinite(loss) else None, **dataclasses.asdict(point)})
+    known = {"loss": loss if math.isfinite(loss) else None, **dataclasses.asdict(point)}
+    save_json(result, {**known, "recipe": recipe})
     return loss
+
+
+def _recipe(config: str, changes: list[str]) -> str:
+    """What a point trains, wherever it is written."""
+    from mmdiff import config as configs
+    from mmdiff.commands.train import load_config
+
+    tree = configs.to_dict(load_config(config, changes))
+    return configs.fingerprint({key: value for key, value in tree.items() if key != "out"})
+
+
+def _finished(result: Path, recipe: str) -> float:
+    """The loss of a finished point.
+
+    Raises:
+        ConfigError: It was made by another recipe.
+    """
+    tree = json.loads(result.read_text(encoding="utf-8"))
+    if tree.get("recipe") != recipe:
+        raise ConfigError(
+            f"{result}: this point was finished with another recipe or other changes; name another folder with --out, "
+            "or remove this one"
+        )
+    return math.inf if tree["loss"] is None else float(tree["loss"])
 
 
 def _changes(config: str, overrides: list[str], point: Point, base_width: int, folder: str) -> list[str]:

@@ -171,6 +171,8 @@ def test_a_sweep_goes_on_where_it_was_and_writes_what_it_found(recipe, tmp_path,
         assert sweep.loss("sp", 16, lr) == sweep.loss("mup", 16, lr)
         assert sweep.loss("sp", 32, lr) != sweep.loss("mup", 32, lr)
     assert Sweep.load(tmp_path / "sweep") == sweep
+    with pytest.raises(ConfigError, match="finished with another recipe or other changes; name another folder"):
+        run_sweep(str(recipe), ["train.samples=16"], grid, tmp_path / "sweep")
     found = train.load_config(tmp_path / "sweep" / "transferred.yaml")
     assert found.train.optim.lr == sweep.best("mup", 16)
     assert (found.mup.base_width, found.model.language.width) == (16, 32)
