@@ -170,8 +170,8 @@ def _attention(target: Any, base: Any, takes_scale: bool) -> float | None:
         return wanted
     warnings.warn(
         f"head_dim grows from {then} to {now}: attention logits then need the scale {wanted:.4g}, this network uses "
-        f"{given or now**-0.5:.4g}; keep head_dim by scaling heads to {owner.width // then} (with_width does), or set "
-        "attention_scale",
+        f"{given or now**-0.5:.4g}; keep head_dim by scaling heads to {owner.width // then} (with_width does)"
+        + (", or set attention_scale" if takes_scale else ""),
         stacklevel=4,
     )
     return None
