@@ -1,4 +1,8 @@
-"""Asking a run to stop: SIGTERM, SIGINT and SIGUSR1 set a flag, a second one ends the process at once."""
+"""Asking a run to stop: SIGTERM, SIGINT and SIGUSR1 set a flag, a second one ends the process at once.
+
+Under torchrun or accelerate it takes a third one: Ctrl-C and job schedulers signal every process, and the launcher
+passes what it gets on to all of them, so that one wish arrives twice.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +25,7 @@ class StopFlag:
 
     def __init__(self) -> None:
         self.raised = False
+        self._echoes = int("TORCHELASTIC_RUN_ID" in os.environ)
         self._former: dict[int, Any] = {}
 
     def __enter__(self) -> StopFlag:
@@ -34,6 +39,9 @@ class StopFlag:
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         name = signal.Signals(number).name
+        if self.raised and self._echoes:
+            self._echoes -= 1
+            return
         if self.raised:
             _say(f"{name} again: leaving without saving\n")
             os._exit(128 + number)

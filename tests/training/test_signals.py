@@ -45,3 +45,16 @@ def test_outside_the_main_thread_the_flag_does_nothing():
     thread.start()
     thread.join()
     assert raised == [False, True]
+
+
+def test_under_a_launcher_the_signal_that_it_passes_on_is_not_a_second_wish(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    left: list[int] = []
+    monkeypatch.setattr(os, "_exit", left.append)
+    with StopFlag() as flag:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert flag.raised
+        assert not left
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert left == [128 + signal.SIGTERM]
