@@ -37,6 +37,7 @@ COMMANDS = {
     "convert": "mmdiff.commands.convert:convert",
     "info": "mmdiff.commands.info:info",
     "doctor": "mmdiff.commands.doctor:doctor",
+    "bench": "mmdiff.commands.bench:bench",
 }
 """Command name -> ``module:attribute``; the attribute is a function, or a typer app with commands of its own."""
 

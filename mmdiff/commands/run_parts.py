@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,16 +14,55 @@ if TYPE_CHECKING:
     from mmdiff.text import Tokenizer
 
 __all__ = [
+    "Made",
+    "build",
     "checked_layout",
     "classes_of",
     "device_of",
     "image_tokenizer_of",
+    "loader_of",
     "model_of",
     "objective_of",
     "quantized",
     "scales_of",
     "tokenizer_of",
 ]
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a recipe names, built: see `build`.
+
+    Attributes:
+        model: The network.
+        objective: What is learnt.
+        loader: Batches without end.
+    """
+
+    model: Any
+    objective: Any
+    loader: Any
+
+
+def build(spec: RunConfig, device: str, on_skip: Any = None, rank: int = 0, world: int = 1) -> Made:
+    """Everything that a recipe names, checked against each other.
+
+    Args:
+        spec: The recipe.
+        device: Where it will be trained; the network itself is not moved yet.
+        on_skip: Called with every sample that is skipped.
+        rank: Number of this process among ``world``.
+        world: Processes that share each global batch.
+
+    Raises:
+        MmdiffError: Something is not there, or does not fit the rest.
+    """
+    classes_of(spec)  # needed at the end only: a wrong file is told before hours are spent
+    tokenizer, image_tokenizer = tokenizer_of(spec), image_tokenizer_of(spec)
+    objective = objective_of(spec, device)
+    model = quantized(spec, model_of(spec), device)
+    layout = checked_layout(spec, model, tokenizer, image_tokenizer)
+    return Made(model, objective, loader_of(spec, tokenizer, layout, on_skip, rank, world))
 
 
 def device_of(spec: RunConfig) -> str:
@@ -233,3 +273,12 @@ def _check_cache(spec: RunConfig) -> None:
                     f"{folder}: was encoded by {note['encoder']}, but image_tokenizer {spec.image_tokenizer} is "
                     f"{mine}; run mmdiff data cache again with this one, or name the other"
                 )
+
+
+def loader_of(
+    spec: RunConfig, tokenizer: Tokenizer | None, layout: Layout, on_skip: Any, rank: int = 0, world: int = 1
+) -> Any:
+    """Batches of the recipe's samples, without end."""
+    from data_pipelines.loader import open_loader
+
+    return open_loader(spec.data, tokenizer, layout, seed=spec.train.seed, on_skip=on_skip, rank=rank, world=world)

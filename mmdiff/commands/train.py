@@ -15,10 +15,11 @@ import typer
 
 from mmdiff.commands.export import export_result
 from mmdiff.commands.run_parts import (
+    build,
     checked_layout,
-    classes_of,
     device_of,
     image_tokenizer_of,
+    loader_of,
     model_of,
     objective_of,
     quantized,
@@ -29,9 +30,7 @@ from mmdiff.commands.workers import rank_and_world
 from mmdiff.errors import EXIT_STOPPED, ConfigError
 
 if TYPE_CHECKING:
-    from mmdiff.batch import Layout
     from mmdiff.commands.recipe import RunConfig
-    from mmdiff.text import Tokenizer
     from mmdiff.training.loop import FitReport
     from mmdiff.training.memory import Estimate
     from mmdiff.training.parallel.group import Group
@@ -117,18 +116,13 @@ def _carried_out(spec: RunConfig, group: Group, resume: bool, probes: Iterable[P
     run_dir, device = Path(spec.out), device_of(spec)
     # Before minutes are spent on building.
     group.first(lambda: state.check(run_dir, spec, resume=resume))
-    classes_of(spec)
-    tokenizer, image_tokenizer = tokenizer_of(spec), image_tokenizer_of(spec)
-    objective = objective_of(spec, device)
-    model = quantized(spec, model_of(spec), device)
-    layout = checked_layout(spec, model, tokenizer, image_tokenizer)
     skipped = run_dir / ("skipped.jsonl" if group.leads else f"skipped.rank{group.rank}.jsonl")
-    loader = _loader(spec, tokenizer, layout, _skip_log(skipped), group.rank, group.world)
+    made = build(spec, device, _skip_log(skipped), group.rank, group.world)
 
     report = fit(
-        model,
-        objective,
-        loader,
+        made.model,
+        made.objective,
+        made.loader,
         spec.train,
         run_dir,
         resume=resume,
@@ -142,11 +136,11 @@ def _carried_out(spec: RunConfig, group: Group, resume: bool, probes: Iterable[P
     again = f"mmdiff train {shlex.quote(str(run_dir / 'config.yaml'))} --resume"
     model_dir = None
     if not report.stopped:
-        model_dir = export_result(spec, model, run_dir, group)
+        model_dir = export_result(spec, made.model, run_dir, group)
     if report.skipped and group.leads:
-        print(loader.skip_report(), file=sys.stderr)
+        print(made.loader.skip_report(), file=sys.stderr)
     if not report.stopped:
-        loader.finish()
+        made.loader.finish()
     return TrainResult(run_dir=run_dir, model_dir=model_dir, fit=report, resume_command=again)
 
 
@@ -229,17 +223,9 @@ def _estimate(spec: RunConfig, device: str) -> Estimate:
 
     def loader(model: Any) -> Any:
         layout = checked_layout(spec, model, tokenizer, image_tokenizer_of(spec))
-        return _loader(replace(spec, data=replace(spec.data, batch_size=part)), tokenizer, layout, None)
+        return loader_of(replace(spec, data=replace(spec.data, batch_size=part)), tokenizer, layout, None)
 
     return estimate(spec, device, loader, objective_of(spec, "cpu"), lambda: quantized(spec, model_of(spec), device))
-
-
-def _loader(
-    spec: RunConfig, tokenizer: Tokenizer | None, layout: Layout, on_skip: Any, rank: int = 0, world: int = 1
-) -> Any:
-    from data_pipelines.loader import open_loader
-
-    return open_loader(spec.data, tokenizer, layout, seed=spec.train.seed, on_skip=on_skip, rank=rank, world=world)
 
 
 def _skip_log(path: Path) -> Callable[[Any], None]:
