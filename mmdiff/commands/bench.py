@@ -89,7 +89,7 @@ def measure(
         elif part == "loader":
             found[part] = measures.loader_rates(read, seconds)
         else:
-            found[part] = {"model": model, "seconds_per_item": measures.preset_rates(model, place, read)}
+            found[part] = {"model": model, "seconds_per_item": measures.preset_rates(model, place, read, seconds)}
     return found
 
 

@@ -160,13 +160,14 @@ def training_rates(spec: RunConfig, device: str, seconds: float, peak: Callable[
     }
 
 
-def preset_rates(model: str, device: str | None, shards: Sequence[str]) -> Rates:
+def preset_rates(model: str, device: str | None, shards: Sequence[str], seconds: float) -> Rates:
     """Seconds per item of what a model can do, under every preset.
 
     Args:
         model: As `mmdiff.load`.
         device: Where; None = a GPU if there is one.
         shards: Their first pictures are described, if the model can do that.
+        seconds: Twice the time of each measurement, of which there are many; at least two calls.
 
     Returns:
         Capability -> preset -> seconds per item; a sentence where a preset does not fit the model.
@@ -196,15 +197,17 @@ def preset_rates(model: str, device: str | None, shards: Sequence[str]) -> Rates
         uses["class_image"] = lambda preset: loaded.images(
             labels=[0] * _ITEMS, seeds=list(range(_ITEMS)), preset=preset
         )
-    return {name: {preset: _seconds_per_item(use, preset) for preset in PRESETS} for name, use in uses.items()}
+    return {
+        name: {preset: _seconds_per_item(use, preset, seconds / 2) for preset in PRESETS} for name, use in uses.items()
+    }
 
 
-def _seconds_per_item(use: Callable[[str], Any], preset: str) -> float | str:
+def _seconds_per_item(use: Callable[[str], Any], preset: str, seconds: float) -> float | str:
     try:
         use(preset)  # what is made on first use does not count
     except ConfigError as error:
         return str(error)
-    return 1 / _rate(lambda: _ITEMS if use(preset) is not None else 0, 0.0)
+    return 1 / _rate(lambda: _ITEMS if use(preset) is not None else 0, seconds)
 
 
 def _steps(spec: RunConfig, made: Made, place: torch.device, throughput: Throughput) -> Iterator[tuple[Batch, float]]:

@@ -238,7 +238,7 @@ def test_several_processes_without_a_launcher_are_refused(recipe, monkeypatch):
 def test_a_used_folder_is_refused_before_anything_is_built(recipe, monkeypatch):
     Path(recipe["out"]).mkdir()
     (Path(recipe["out"]) / "notes.txt").write_text("x")
-    monkeypatch.setattr(train, "model_of", lambda spec: pytest.fail("built"))
+    monkeypatch.setattr(run_parts, "model_of", lambda spec: pytest.fail("built"))
     with pytest.raises(ConfigError, match=r"not empty \(notes.txt\); add --resume"):
         train.run(recipe)
 
