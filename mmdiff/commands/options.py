@@ -72,5 +72,6 @@ def summary(trace: Any, items: int, seconds: float) -> str:
     line = f"{items} done in {seconds:.1f} s"
     if trace is None or not trace.nfe:
         return line
-    per_pass = int(trace.committed.sum()) / sum(trace.row_nfe)
-    return f"{line}; last batch: {trace.nfe} passes, {per_pass:.2f} tokens per pass and item"
+    line = f"{line}; last batch: {trace.nfe} passes"
+    tokens = int(trace.committed.sum())  # none in a flow, which moves every value in every pass
+    return f"{line}, {tokens / sum(trace.row_nfe):.2f} tokens per pass and item" if tokens else line
