@@ -61,10 +61,12 @@ def test_two_processes_give_the_losses_and_weights_of_one(zygote, alone, tmp_pat
     assert_close(tmp_path / "run", alone)
 
 
-def test_groups_of_a_mup_plan_hold_where_weights_are_spread(zygote, tmp_path):
+def test_groups_of_a_mup_plan_hold_where_weights_are_spread_and_after_a_stop(zygote, tmp_path):
     changes = {**CHANGES, "scales": {"blocks.0.weight": (0.25, 4.0), "embed.weight": (2.0, 1.0)}}
     assert zygote.run_ranks(tmp_path / "one", 1, changes) == [0]
-    assert zygote.run_ranks(tmp_path / "two", 2, {**changes, "parallel": FSDP}) == [0, 0]
+    spread = {**changes, "parallel": FSDP}
+    assert zygote.run_ranks(tmp_path / "two", 2, spread, {"1": {"TOY_DO": "term@28"}}) == [EXIT_STOPPED] * 2
+    assert zygote.run_ranks(tmp_path / "two", 2, spread) == [0, 0]
     assert_close(tmp_path / "two", tmp_path / "one")
 
 
