@@ -258,8 +258,12 @@ def cache(
         raise ConfigError(f"--latents: a {type(model).__name__} has no values behind its codes; leave it out")
     member, how_to = ("latents", model.latents) if latents else _encoding(model)
 
+    used: set[int] = set()
+
     def encode(pixels: Tensor) -> Tensor:
-        return how_to(pixels.to(device))
+        made = how_to(pixels.to(device))
+        used.update([] if made.is_floating_point() else made.unique().tolist())
+        return made
 
     how = cast(Literal["square", "crop", "pad"], fit)
     report = write_codes(
@@ -278,6 +282,9 @@ def cache(
     rows, columns = report.grid
     skipped = sum(report.skipped.values())
     text = f"{report.samples:,} samples with {rows}x{columns} {member} in {out}, {skipped:,} left out"
+    if used:
+        result |= {"codes_used": len(used), "codebook": model.codebook}
+        text += f"; {len(used):,} of {model.codebook:,} codes used"
     typer.echo(json.dumps(result) if as_json else text)
 
 

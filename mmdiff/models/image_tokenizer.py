@@ -40,6 +40,12 @@ class ImageTokenizer(PretrainedModule):
         if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < self.codebook:
             raise ConfigError(f"codes {int(codes.min())} .. {int(codes.max())} outside 0 .. {self.codebook - 1}")
 
+    def variety(self, codes: Int[Tensor, "B h w"]) -> Float[Tensor, "B"]:
+        """Distinct codes in each image as a share of the most there could be: min(K, tokens)."""
+        tokens = codes.flatten(1).sort(dim=1).values
+        distinct = 1 + (tokens[:, 1:] != tokens[:, :-1]).sum(dim=1)
+        return distinct / min(self.codebook, tokens.shape[1])
+
 
 class FeatureTokenizer(ImageTokenizer, ABC):
     """A tokenizer for images of any multiple of its downsampling, whose codes follow from a map of features."""
@@ -63,9 +69,9 @@ class FeatureTokenizer(ImageTokenizer, ABC):
     def vectors(self, codes: Int[Tensor, "B h w"]) -> Float[Tensor, "B C h w"]:
         """Vectors of codes."""
 
-    def usage(self, z: Float[Tensor, "B C h w"]) -> Float[Tensor, ""]:
-        """Share of the codes that these features give."""
-        return self.nearest(z).unique().numel() / torch.tensor(float(self.codebook))
+    def usage(self, z: Float[Tensor, "B C h w"]) -> Float[Tensor, "B"]:
+        """See `variety`, of the codes that these features give."""
+        return self.variety(self.nearest(z))
 
     @torch.no_grad()
     def encode(self, pixels: Float[Tensor, "B 3 H W"]) -> Int[Tensor, "B h w"]:

@@ -150,9 +150,9 @@ class VQ(ImageTokenizer):
         values, codes = self.quantizer(self._encode(pixels))
         return self.decoder(values), codes
 
-    def usage(self, codes: Int[Tensor, "B h w"]) -> Float[Tensor, ""]:
-        """Share of all codes that are among these."""
-        return codes.unique().numel() / torch.tensor(float(self.codebook))
+    def usage(self, codes: Int[Tensor, "B h w"]) -> Float[Tensor, "B"]:
+        """See `variety`."""
+        return self.variety(codes)
 
     @torch.no_grad()
     def encode(self, pixels: Float[Tensor, "B 3 S S"]) -> Int[Tensor, "B h w"]:

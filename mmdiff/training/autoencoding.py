@@ -80,8 +80,8 @@ class Autoencoding:
         terms = {"image": (F.l1_loss(output.detach(), pixels) * len(batch), len(batch))}
         usage: Any = getattr(model, "usage", None)
         if usage is not None:
-            # Share of the codebook that the batch uses, so that a collapse is seen.
-            terms["usage"] = (usage(bottleneck.detach()) * len(batch), len(batch))
+            # Per image, so that it does not depend on the size of a part; a collapse is seen all the same.
+            terms["usage"] = (usage(bottleneck.detach()).sum(), len(batch))
         return Losses(total, terms)
 
     def _of_pixels(self, a: Tensor, b: Tensor) -> Tensor:

@@ -77,7 +77,7 @@ def test_bad_samples_are_left_out_and_named_if_asked(folder: Path, tmp_path: Pat
     (folder / "d.json").write_text(json.dumps(entries))
     assert "v1.6.png: cannot be read" in run("pack", folder / "d.json", "--out", tmp_path / "s", code=3)
     text = run("pack", folder / "d.json", "--out", tmp_path / "t", "--skip-bad")
-    assert "6 samples in 1 shards" in text
+    assert "6 samples in 1 shard in" in text
     assert "2 samples left out (missing_file 2)" in text
 
 
@@ -108,12 +108,15 @@ def test_codes_of_a_saved_image_tokenizer_are_cached(folder: Path, tmp_path: Pat
     run("pack", folder, "--out", tmp_path / "s")
     done = json.loads(run("cache", tmp_path / "s", "--encoder", tmp_path / "vq", "--out", tmp_path / "c", "--json"))
     assert (done["samples"], done["grid"], done["skipped"]) == (6, [4, 4], {})
+    used: set[int] = set()
     for sample, _ in iter_samples(str(tmp_path / "c")):
         assert sample is not None
         pixels = to_pixels(decode(sample.image()), 8)[None]
+        used |= set(model.encode(pixels).unique().tolist())
         assert torch.equal(
             torch.from_numpy(np.load(io.BytesIO(sample.members["codes.npy"]))), model.encode(pixels)[0].short()
         )
+    assert (done["codes_used"], done["codebook"]) == (len(used), 9)
 
 
 def test_errors_are_sentences_with_their_exit_code(tmp_path: Path) -> None:
