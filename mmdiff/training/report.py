@@ -130,7 +130,8 @@ class Clock:
         seconds = max(time.perf_counter() - self._since, 1e-9)
         rates = {name: count / seconds for name, count in self._done.items()}
         waited = min(self._waited / seconds, 1.0)
-        self.__init__()  # type: ignore[misc]
+        self._done.clear()
+        self._waited, self._since = 0.0, time.perf_counter()
         return rates, waited
 
     def leave_out(self, seconds: float) -> None:
