@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -258,11 +259,11 @@ def cache(
         raise ConfigError(f"--latents: a {type(model).__name__} has no values behind its codes; leave it out")
     member, how_to = ("latents", model.latents) if latents else _encoding(model)
 
-    used: set[int] = set()
+    seen = _Seen(member)
 
     def encode(pixels: Tensor) -> Tensor:
         made = how_to(pixels.to(device))
-        used.update([] if made.is_floating_point() else made.unique().tolist())
+        seen.add(made)
         return made
 
     how = cast(Literal["square", "crop", "pad"], fit)
@@ -282,9 +283,15 @@ def cache(
     rows, columns = report.grid
     skipped = sum(report.skipped.values())
     text = f"{report.samples:,} samples with {rows}x{columns} {member} in {out}, {skipped:,} left out"
-    if used:
-        result |= {"codes_used": len(used), "codebook": model.codebook}
-        text += f"; {len(used):,} of {model.codebook:,} codes used"
+    if member == "codes":
+        result |= {"codes_used": len(seen.codes), "codebook": model.codebook}
+        text += f"; {len(seen.codes):,} of {model.codebook:,} codes used"
+    elif size := seen.size:
+        result["latent_size"] = size
+        text += f"; root mean square {size:.3g}"
+        if not 0.5 <= size <= 2:
+            text += f", where image models expect about 1: multiply 'scale' in {encoder}/config.json by {1 / size:.3g}"
+            text += " and cache again"
     typer.echo(json.dumps(result) if as_json else text)
 
 
@@ -364,8 +371,6 @@ def _encoding(model: Any) -> tuple[str, Any]:
 
     Moments are stored in the scale of the image model: training then needs no constant of the autoencoder.
     """
-    import math
-
     import torch
 
     if hasattr(model, "codebook"):
@@ -381,8 +386,38 @@ def _encoding(model: Any) -> tuple[str, Any]:
     return "moments", scaled
 
 
+class _Seen:
+    """What an encoder made of all images: which codes, or how large the latents are.
+
+    Args:
+        member: What is stored: codes, latents or moments.
+    """
+
+    def __init__(self, member: str) -> None:
+        self.codes: set[int] = set()
+        self._member = member
+        self._squares, self._numbers = 0.0, 0
+
+    def add(self, made: Tensor) -> None:
+        """Take in a batch."""
+        if self._member == "codes":
+            self.codes.update(made.unique().tolist())
+            return
+        squares = made.double().square()
+        if self._member == "moments":
+            mean, log_variance = made.double().chunk(2, dim=1)
+            squares = mean.square() + log_variance.exp()
+        self._squares += float(squares.sum())
+        self._numbers += squares.numel()
+
+    @property
+    def size(self) -> float:
+        """Root mean square of the latents that training draws from what is stored; 0 before the first."""
+        return math.sqrt(self._squares / self._numbers) if self._numbers else 0.0
+
+
 def identity_of(folder: Path) -> str:
-    """A hash of the encoder's weights, so that codes can be told apart later."""
+    """A hash of the encoder's weights and, where latents are stored in a scale, that scale."""
     import hashlib
 
     digest = hashlib.sha256()
@@ -390,4 +425,9 @@ def identity_of(folder: Path) -> str:
         with path.open("rb") as stream:
             while chunk := stream.read(1 << 20):
                 digest.update(chunk)
+    config = folder / "config.json"
+    if config.is_file():
+        saved = json.loads(config.read_text(encoding="utf-8"))
+        scale = saved.get("config", saved).get("scale")
+        digest.update(b"" if scale is None else str(float(scale)).encode())
     return digest.hexdigest()[:16]

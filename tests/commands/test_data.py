@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 from data_pipelines.reader import iter_samples
 from mmdiff.cli import app
 from mmdiff.images import decode, to_pixels
+from mmdiff.models.vae import KLVAE
 from mmdiff.models.vq import VQ
 from mmdiff.rng import generator
 from mmdiff.text import Tokenizer
@@ -117,6 +119,39 @@ def test_codes_of_a_saved_image_tokenizer_are_cached(folder: Path, tmp_path: Pat
             torch.from_numpy(np.load(io.BytesIO(sample.members["codes.npy"]))), model.encode(pixels)[0].short()
         )
     assert (done["codes_used"], done["codebook"]) == (len(used), 9)
+
+
+def cached_moments(folder: Path, root: Path, scale: float) -> dict[str, Any]:
+    """Cache the moments of the folder's pictures, with an autoencoder of this scale and always the same weights."""
+    config = KLVAE.Config(
+        image_size=8, width=32, multipliers=(1,), blocks=1, channels=2, attention_levels=(), scale=scale
+    )
+    KLVAE(config, generator=generator(0, "init")).save_pretrained(root / f"vae{scale}")
+    made = run("cache", root / "s", "--encoder", root / f"vae{scale}", "--out", root / f"c{scale}", "--json")
+    return dict(json.loads(made))
+
+
+def test_the_size_of_latents_is_told_and_what_scale_would_make_it_one(folder: Path, tmp_path: Path) -> None:
+    run("pack", folder, "--out", tmp_path / "s")
+    done = cached_moments(folder, tmp_path, 1.0)
+    squares = []
+    for sample, _ in iter_samples(str(tmp_path / "c1.0")):
+        assert sample is not None
+        mean, log_variance = np.split(np.load(io.BytesIO(sample.members["moments.npy"])).astype(np.float64), 2)
+        squares.append(mean**2 + np.exp(log_variance))
+    assert done["latent_size"] == pytest.approx(np.sqrt(np.mean(squares)), rel=1e-3)
+    assert cached_moments(folder, tmp_path, 5.0)["latent_size"] == pytest.approx(5 * done["latent_size"], rel=1e-3)
+    text = run("cache", tmp_path / "s", "--encoder", tmp_path / "vae5.0", "--out", tmp_path / "again")
+    assert f"root mean square {5 * done['latent_size']:.3g}" in text
+    assert f"multiply 'scale' in {tmp_path / 'vae5.0'}/config.json by {0.2 / done['latent_size']:.3g}" in text
+
+
+def test_latents_of_another_scale_are_those_of_another_encoder(folder: Path, tmp_path: Path) -> None:
+    run("pack", folder, "--out", tmp_path / "s")
+    for scale in (1.0, 2.0):
+        cached_moments(folder, tmp_path, scale)
+    ids = [json.loads((tmp_path / f"c{scale}" / "cache.json").read_text())["encoder"] for scale in (1.0, 2.0)]
+    assert ids[0] != ids[1]
 
 
 def test_errors_are_sentences_with_their_exit_code(tmp_path: Path) -> None:
