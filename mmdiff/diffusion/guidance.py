@@ -40,7 +40,7 @@ class GuidanceSchedule:
         scale: Full strength; 1 = none.
         ramp: How it grows with what is known.
         interval: (low, high): guidance is on in steps whose end time s has low < s <= high; elsewhere the
-            unconditional branch is not evaluated.
+            unconditional branch is not evaluated. Two equal numbers: never.
         reserve: Tokens that count as unknown to the end (MAR: 1, so that its last step is not quite at full strength).
     """
 
@@ -51,8 +51,8 @@ class GuidanceSchedule:
 
     def __post_init__(self) -> None:
         low, high = self.interval
-        if not 0 <= low < high <= 1:
-            raise ConfigError(f"guidance interval ({low}, {high}): expected 0 <= low < high <= 1")
+        if not 0 <= low <= high <= 1:
+            raise ConfigError(f"guidance interval ({low}, {high}): expected 0 <= low <= high <= 1")
         if self.ramp not in RAMPS:
             raise ConfigError(f"guidance schedule {self.ramp!r}; known: {', '.join(RAMPS)}")
 

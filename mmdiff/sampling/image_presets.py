@@ -195,10 +195,11 @@ def _latent_order(
         return {"selector": SharedReveal(gamma, passes)}
     if order == "random":
         return {"schedule": Independent(gamma, passes), "selector": Random()}
+    counts = Cosine(passes, precision="float64")
     if order == "mar":
-        return {"schedule": Cosine(passes), "selector": permuted(source, rows, tokens, start=start)}
+        return {"schedule": counts, "selector": permuted(source, rows, tokens, start=start)}
     side = round(tokens**0.5)
-    return {"schedule": Cosine(passes), "selector": Ordered(halton_ranks(side, start=start))}
+    return {"schedule": counts, "selector": Ordered(halton_ranks(side, start=start))}
 
 
 def _solver(name: str, steps: int, temperature: float) -> DpmSolver | Ddpm:

@@ -68,22 +68,31 @@ class Cosine:
         steps: Passes of the whole run.
         every_step: Decide at least one slot in every step, as MMaDA; False: as MaskGIT, which keeps at least one mask
             until the last step, so that steps in which nothing changes are left out.
+        precision: Of the cosine: MMaDA's is float32, whose floor keeps one mask less at ratios such as 2/3; MAR's
+            is float64.
 
-    Source: MaskGIT (arXiv 2202.04200), equation of the cosine schedule; MMaDA (arXiv 2505.15809).
+    Source: MaskGIT (arXiv 2202.04200), equation of the cosine schedule; MMaDA (arXiv 2505.15809); MAR (arXiv
+        2406.11838), published code's behaviour.
     """
 
     steps: int
     every_step: bool = True
+    precision: Literal["float32", "float64"] = "float32"
 
     def counts(self, masks: int, steps: int) -> list[int]:
         """Differences of the kept numbers."""
         left, out = masks, []
         for j in range(steps):
             most = left - 1 if self.every_step else left
-            keep = max(1, min(most, _cosine(masks, (j + 1) / steps))) if j + 1 < steps else 0
+            keep = max(1, min(most, self._kept(masks, j + 1, steps))) if j + 1 < steps else 0
             out.append(left - keep)
             left = keep
         return [n for n in out if n]
+
+    def _kept(self, masks: int, done: int, steps: int) -> int:
+        if self.precision == "float64":
+            return math.floor(masks * math.cos(math.pi / 2 * done / steps))
+        return _cosine(masks, done / steps)
 
 
 @dataclass(frozen=True)

@@ -113,7 +113,10 @@ def run(golden: Golden, name: str) -> dict[str, Tensor]:
         draws = image_draws(golden, name)
     else:
         given = golden.inputs["mar/orders"]
-        parts = {"schedule": Cosine(steps), "selector": permuted(rng.Tape([given]), *given.shape, start=1)}
+        parts = {
+            "schedule": Cosine(steps, precision="float64"),
+            "selector": permuted(rng.Tape([given]), *given.shape, start=1),
+        }
         draws = [d for k in range(golden.steps_of(prefix)) for d in head_draws(golden, f"{prefix}/step{k}")]
     watch, states, masks = Watch(solver_of(spec)), [], []
     canvas = latent_canvas(labels, torch.zeros(len(labels), model.config.tokens, model.config.token_channels))

@@ -175,6 +175,9 @@ def test_schedules_have_the_published_counts():
     assert Cosine(12).counts(256, 12) == [3, 6, 11, 15, 18, 22, 26, 28, 30, 31, 33, 33]
     # float32 floors 1024 cos(pi/3) to 511.
     assert sum(Cosine(15).counts(1024, 15)[:10]) == 1024 - 511
+    # MAR takes the cosine in float64, which keeps 128 of 256 when two thirds of the steps are done.
+    assert sum(Cosine(12, precision="float64").counts(256, 12)[:8]) == 256 - 128
+    assert sum(Cosine(12).counts(256, 12)[:8]) == 256 - 127
     assert Shift(12).counts(32, 12) == [1, 1, 2, 1, 2, 1, 3, 2, 3, 4, 6, 6]
     assert share_steps(10, 4) == [3, 3, 2, 2]
 
