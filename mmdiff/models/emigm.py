@@ -249,7 +249,7 @@ class EMIGM(PretrainedModule):
 
     def decode(
         self,
-        states: Float[Tensor, "B M D"],
+        states: Float[Tensor, "B M E"],
         mask: Bool[Tensor, "B N"],
         known: Known,
         index: Int[Tensor, "B q"] | None = None,

@@ -161,7 +161,8 @@ def test_output_follows_its_rule(output, golden, model, publish):
     ours, expected = RULES[name](model(case), given, config["cases"][case]), outputs[output]
     if name in ("eval_vb", "eval_loss"):
         assert ours.shape == expected.shape
-        tolerance = torch.where(given["diff_t"] == 0, 1e-3, 5e-5)
+        # Values at the noisiest steps are in the thousands, where float32 has no 5e-5.
+        tolerance = torch.where(given["diff_t"] == 0, 1e-3, 5e-5) + 2e-6 * expected.abs()
         assert ((ours - expected).abs() <= tolerance).all()
     elif name.startswith("time_sinusoid"):
         # One unit in the last place of exp(), in which libraries differ, times the timestep.
@@ -206,7 +207,7 @@ def test_one_training_step(case, golden, publish):
         given["p_mask"],
         draws=lambda keep: (given["diff_t"][keep], given["diff_noise"][keep]),
     )
-    torch.testing.assert_close(loss.detach(), outputs[f"{case}/train_loss"], atol=5e-5, rtol=0)
+    torch.testing.assert_close(loss.detach(), outputs[f"{case}/train_loss"], atol=5e-5, rtol=1e-6)
     loss.backward()
     parameters = dict(model.named_parameters())
     seen = {f"{case}/train_loss", f"{case}/grad_norm"}
@@ -253,7 +254,7 @@ def test_rows_of_different_counts_agree_with_the_rows_alone(case, golden, model)
     mask = torch.rand(len(tokens), n, generator=torch.Generator().manual_seed(0)).argsort(1) < counts[:, None]
     with torch.inference_mode():
         together = net.condition(tokens, mask, given["labels"])
-        asked = mask.byte().argsort(dim=1, descending=True, stable=True)[:, : n // 2]
+        asked = mask.byte().argsort(dim=1, descending=True, stable=True)[:, : (n + 1) // 2]
         part = net.condition(tokens, mask, given["labels"], index=asked)
         for row in range(len(tokens)):
             alone = net.condition(tokens[row][None], mask[row][None], given["labels"][row][None])
