@@ -129,12 +129,20 @@ class PublishedSampler:
     """Samples an `EMIGM` as the published code does.
 
     Args:
-        model: The network; its modules are used, its methods are not.
+        model: The network, whose encoder sees known tokens only; its modules are used, its methods are not.
         betas: Float64, noise per training step of the head.
+        share: Share of the tokens that is masked at a time.
+        ramp: Share of the full guidance, by the share of tokens that are known.
     """
 
-    def __init__(self, model: Any, betas: Tensor) -> None:
-        self.model, self.betas = model, betas
+    def __init__(
+        self,
+        model: Any,
+        betas: Tensor,
+        share: Callable[[Tensor], Tensor] = lambda t: 1 - torch.exp(-5 * t),
+        ramp: Callable[[Tensor], Tensor] = torch.ones_like,
+    ) -> None:
+        self.model, self.betas, self.share, self.ramp = model, betas, share, ramp
 
     def encode(self, x: Tensor, mask: Tensor, classes: Tensor) -> Tensor:
         """States of buffer and known tokens."""
@@ -184,10 +192,10 @@ class PublishedSampler:
         chosen = (mask.bool()) & (torch.stack(rows) < chance)
         if last:
             return mask.bool()
-        if chosen.sum() == 0:
+        if chosen.sum() == 0 and mask.sum() > 0:
             for row in range(b):
                 here = mask[row].nonzero(as_tuple=True)[0]
-                chosen[row, here[draws["integer"](len(here))]] = True
+                chosen[row, here[draws["integer"](len(here)) if len(here) > 1 else 0]] = True
         return chosen
 
     @torch.no_grad()
@@ -208,21 +216,22 @@ class PublishedSampler:
                 classes = torch.cat([classes, m.fake_latent.repeat(b, 1)])
                 known, state = torch.cat([mask, mask]), torch.cat([tokens, tokens])
             z = self.decode(self.encode(state, known, classes), known)
-            chance = 1 - (1 - torch.exp(-5 * s)) / (1 - torch.exp(-5 * t))
+            chance = 1 - self.share(s) / self.share(t)
             chosen = self.reveal(mask, chance, i == steps - 1, draws)
             if chosen.sum() == 0:
                 break
             mask = torch.logical_and(mask.bool(), torch.logical_not(chosen)).float()
+            scale = 1 + (cfg - 1) * self.ramp(1 - mask[0].mean())
             where = torch.cat([chosen, chosen]) if guided else chosen
             z = z[where.nonzero(as_tuple=True)]
             noise = draws["normal"](int(chosen.sum()), c)
 
-            def network(x: Tensor, label: Tensor, z: Tensor = z, guided: bool = guided) -> Tensor:
+            def network(x: Tensor, label: Tensor, z: Tensor = z, guided: bool = guided, by: Tensor = scale) -> Tensor:
                 if not guided:
                     return head(m.head, x, label, z)[:, :c].float()
                 out = head(m.head, torch.cat([x, x]), torch.cat([label, label]), z)[:, :c].float()
                 conditional, unconditional = out.chunk(2)
-                return unconditional + cfg * (conditional - unconditional)
+                return unconditional + by * (conditional - unconditional)
 
             tokens[chosen.nonzero(as_tuple=True)] = solve(self.betas, network, noise, head_steps)
         return tokens
