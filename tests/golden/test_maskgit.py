@@ -229,10 +229,10 @@ def sample(golden: Golden, v: str, q: str) -> dict[str, Tensor]:
 
 def confidence_parts(v: str, spec: dict[str, Any], tokens: int, mask_id: int) -> dict[str, Any]:
     steps = spec["step"]
-    guidance = None if spec["w"] == 0 else RampedCfg(1 + spec["w"])
+    guidance = None if spec["w"] == 0 else RampedCfg(1 + float(spec["w"]))
     assert spec["randomize"] == "linear"
-    noise = RandomTopK(spec["r_temp"], anneal="before")
-    multipliers = (spec["sm_temp"],) * steps
+    noise = RandomTopK(float(spec["r_temp"]), anneal="before")
+    multipliers = (float(spec["sm_temp"]),) * steps
     if v == "v1":
         schedule: Any = Rounded(steps, spec["sched_mode"])
         return {"schedule": schedule, "selector": Tempered(noise, multipliers), "guidance": guidance}
@@ -246,13 +246,13 @@ def halton_parts(golden: Golden, key: str, spec: dict[str, Any], size: int) -> d
     roll = golden.inputs.get(f"{key}/roll")
     rolls = [0] if roll is None or not spec["randomize"] else roll.tolist()
     multipliers = halton_multipliers(
-        steps, spec["sm_temp_min"], spec["sm_temp"], float(spec["temp_pow"]), spec["temp_warmup"]
+        steps, float(spec["sm_temp_min"]), float(spec["sm_temp"]), float(spec["temp_pow"]), spec["temp_warmup"]
     )
     return {
         "schedule": HaltonCounts(steps),
         "selector": Tempered(Ordered(halton_ranks(size, rolls, start=1)), multipliers),
         "editor": Redraw(),
-        "guidance": None if spec["w"] == 0 else Cfg(1 + spec["w"]),
+        "guidance": None if spec["w"] == 0 else Cfg(1 + float(spec["w"])),
     }
 
 
@@ -295,7 +295,7 @@ def google(golden: Golden, name: str) -> Tensor:
         draws,
         PublishedDraw(),
         schedule=MaskRatio(steps),
-        selector=RandomTopK(spec["choice_temperature"]),
+        selector=RandomTopK(float(spec["choice_temperature"])),
     )
     before = torch.cat((canvas.undecided[None], out["open"][:-1]))
     decided = out["tokens"]
@@ -305,8 +305,8 @@ def google(golden: Golden, name: str) -> Tensor:
     score = final.log_softmax(-1).gather(-1, known[-1][..., None])[..., 0].masked_fill(~before[-1], math.inf)
     masking = out["open"].clone()
     masking[-1] = score == score.amin(1, keepdim=True)
-    unknown = int(canvas.undecided[0].sum())
-    lens = torch.tensor(MaskRatio(steps).keep(unknown, steps)).view(-1, 1, 1).expand(-1, len(rows), 1).float()
+    unknown = canvas.undecided.sum(1).tolist()
+    lens = torch.tensor([MaskRatio(steps).keep(n, steps) for n in unknown], dtype=torch.float32).T[..., None]
     golden.runs["google"] = {
         "sequences": known.transpose(0, 1),
         "masking": masking,
