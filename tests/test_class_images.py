@@ -147,7 +147,7 @@ def test_the_image_tokenizer_of_another_network_is_refused(kind, other):
     wrong = dataclasses.replace(
         class_images.checkpoint(kind), image_tokenizer=class_images.checkpoint(other).image_tokenizer
     )
-    with pytest.raises(CheckpointError, match="not the one the network was trained with"):
+    with pytest.raises(CheckpointError, match="give the one the network was trained with"):
         ImageGenerator(wrong)
 
 

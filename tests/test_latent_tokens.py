@@ -211,7 +211,7 @@ def test_it_draws_alike_alone_and_in_a_batch_and_redraws_only_what_is_marked(che
 
 def test_an_autoencoder_of_another_shape_is_refused(checkpoint):
     other = unified_checkpoint().image_tokenizer
-    with pytest.raises(CheckpointError, match="not the one the network was trained with"):
+    with pytest.raises(CheckpointError, match="give the one the network was trained with"):
         mmdiff.ImageGenerator(dataclasses.replace(checkpoint, image_tokenizer=other))
 
 

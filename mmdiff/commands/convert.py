@@ -31,7 +31,7 @@ def convert(
         typer.Option(help="float32, bfloat16 or float16: change the precision, and keep the layout unless --to says."),
     ] = None,
     root: Annotated[
-        str | None, typer.Option(help="Where in a PyTorch file the tensors are, such as model_ema.")
+        str | None, typer.Option(help="Where in a PyTorch file the tensors are; default: model_ema if it is there.")
     ] = None,
     adapter: Annotated[
         str | None, typer.Option(help="LoRA adapter in peft's layout to merge into SRC; DST is written in our layout.")

@@ -98,7 +98,7 @@ def _checkpoint(identity: Identity) -> dict[str, Any]:
         "family": identity.family,
         "layout": identity.layout,
         **_weights(used),
-        "unused": len(read_tensors(identity.path).info) - len(used),
+        "unused": len(read_tensors(identity.path, root=identity.root).info) - len(used),
         "licence": card.licence_of(folder),
         "capabilities": sorted(parts.capabilities),
         "tokenizer": _tokenizer(tokenizer),

@@ -88,7 +88,7 @@ def _maskgit_v2(info: Info) -> dict[str, Any]:
         "depth": _depth(info, "transformer.layers."),
         "heads": _heads({384: 6, 768: 12, 1024: 16, 1152: 16}, width, "heads"),
         "mlp_dim": 4 * width,
-        "register": info["reg_tokens.weight"].shape[0],
+        "register": info["reg_tokens.weight"].shape[0] if "reg_tokens.weight" in info else 0,
         "proj": 1,
     }
 

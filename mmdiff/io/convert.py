@@ -78,7 +78,8 @@ def convert(
         dst: New or empty folder; for a pickle also a file ending in ``.safetensors``.
         to: ``"mmdiff"`` or a name in `mmdiff.io.layouts.LAYOUTS`. Default: ours for a published folder, and for ours
             the layout it once came from; with ``dtype`` the layout it is in.
-        root: For pickles: dotted path of the dictionary that holds the tensors.
+        root: For pickles: dotted path of the dictionary that holds the tensors; default as `from_pretrained` has it,
+            averaged weights first.
         dtype: Precision of floating weights, the image tokenizer's included; default as stored.
         max_shard_bytes: Larger weights are split into files of this size.
 
@@ -122,7 +123,7 @@ def _is_published(path: Path, dst: Path, root: str | None) -> bool:
 
 
 def _convert_pickle(path: Path, dst: Path, root: str | None) -> Conversion:
-    tensors = read_tensors(path, root=root)
+    tensors = read_tensors(path, root=root or find_root(path))
     if dst.suffix == ".safetensors":
         if dst.exists():
             raise ConfigError(f"{dst}: exists already; choose another name or remove it")

@@ -38,7 +38,8 @@ _WHY_NOT = {
     "ask": "it has no vision tower, and no image tokenizer to read pictures with (give image_tokenizer=)",
     "text_image": "it has no image codes, or no image tokenizer (in the folder, or given as image_tokenizer=), or of a "
     "network that reads features of prompts no text encoder (likewise, text_encoder=)",
-    "class_image": "it does not draw, or lacks an image tokenizer (give image_tokenizer=) or classes.json",
+    "class_image": "it does not draw, or lacks an image tokenizer or autoencoder (in the folder, or given as "
+    "--image-tokenizer or image_tokenizer=) or classes.json",
     "generate_text": "it has no text head or no tokenizer.json",
 }
 

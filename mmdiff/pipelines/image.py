@@ -48,7 +48,8 @@ class ImageGenerator(Pipeline):
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         super().__init__(checkpoint)
-        self.require("class_image" if "class_image" in self.capabilities else "text_image")
+        by_class = "class_image" in self.capabilities or hasattr(checkpoint.model.config, "classes")
+        self.require("class_image" if by_class else "text_image")
         self.painter = painter_of(checkpoint)
 
     @property

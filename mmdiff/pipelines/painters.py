@@ -272,10 +272,10 @@ class ClassPainter(EnginePainter):
         tokenizer = checkpoint.image_tokenizer
         have = (getattr(tokenizer, "grid", None), getattr(tokenizer, "codebook", None))
         if have != (self.config.grid, self.config.codebook):
+            makes = f"{have[0]} x {have[0]} of {have[1]:,}" if have[1] else f"none: it is a {tokenizer.config.type}"
             raise CheckpointError(
                 f"the network draws {self.config.grid} x {self.config.grid} codes of {self.config.codebook:,}, the "
-                f"image tokenizer makes {have[0]} x {have[0]} of {have[1]}: it is not the one the network was trained "
-                "with"
+                f"image tokenizer makes {makes}; give the one the network was trained with"
             )
 
     def encode(self, pixels: Float[Tensor, "B 3 S S"]) -> Int[Tensor, "B N"]:
@@ -352,9 +352,10 @@ def _check_latents(checkpoint: Checkpoint, channels: int, grid: int) -> None:
     vae = checkpoint.image_tokenizer.config
     have = (getattr(vae, "channels", None), getattr(vae, "grid", None))
     if have != (channels, grid):
+        makes = f"has {have[0]} channels, {have[1]} x {have[1]}" if have[0] else f"has none: it is a {vae.type}"
         raise CheckpointError(
-            f"the network draws latents of {channels} channels, {grid} x {grid}, the autoencoder has {have[0]} "
-            f"channels, {have[1]} x {have[1]}: it is not the one the network was trained with"
+            f"the network draws latents of {channels} channels, {grid} x {grid}, the autoencoder {makes}; give the one "
+            "the network was trained with"
         )
 
 

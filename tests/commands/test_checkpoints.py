@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from mmdiff import rng
@@ -73,6 +73,20 @@ def test_info_of_bare_weights_and_of_published_folders(tmp_path):
     report = json.loads(run("info", tmp_path / "v", "--json").stdout)
     assert (report["family"], report["layout"], report["licence"]) == ("llada_v", "llada-v", None)
     assert len(report["dtypes"]) == 3
+
+
+def test_a_training_checkpoint_in_a_pytorch_file_is_read_by_its_average_everywhere(tmp_path):
+    weights = published.weights("llama", published.LLAMA)
+    (tmp_path / "config.json").write_text(json.dumps(published.LLAMA))
+    raw = {k: torch.zeros_like(v) for k, v in weights.items()}
+    torch.save({"model": raw, "model_ema": weights, "epoch": 3}, tmp_path / "x.pth")
+    report = json.loads(run("info", tmp_path / "x.pth", "--json").stdout)
+    assert (report["family"], report["tensors"], report["unused"]) == ("llada", len(weights), 0)
+    done = run("convert", tmp_path / "x.pth", tmp_path / "folder")
+    assert done.exit_code == 0, done.output
+    tensors = load_file(tmp_path / "folder" / "model.safetensors")
+    assert tensors.keys() == weights.keys()
+    assert all(torch.equal(v, weights[k]) for k, v in tensors.items())
 
 
 def test_info_of_a_tower_tells_what_is_left_out(tmp_path):
