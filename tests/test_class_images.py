@@ -129,12 +129,27 @@ def test_guidance_outside_its_interval_costs_nothing():
         ({"labels": [0], "order_temperature": 1.0}, "order_temperature means nothing"),
         ({"labels": [0], "mask_schedule": "sqrt"}, "mask_schedule 'sqrt'"),
         ({"labels": [0], "num_inference_steps": 0}, "at least 1"),
+        ({"labels": [0], "head_steps": 0}, "head_steps 0 must be at least 1"),
+        ({"labels": [0], "head_steps": 2.5}, "option head_steps = 2.5: expected a whole number"),
+        ({"labels": [0], "temperature": "hot"}, "option temperature = 'hot': expected a number"),
+        ({"labels": [0], "guidance_interval": 0.3}, "option guidance_interval = 0.3: expected a list of numbers"),
+        ({"labels": [0], "guidance_interval": [0.1, 0.2, 0.3]}, r"\[0.1, 0.2, 0.3\] must be two numbers"),
+        ({"labels": [0], "order": 3}, "option order = 3: expected a word"),
     ],
 )
 def test_bad_words_are_refused(words, message):
     generator = ImageGenerator(class_images.checkpoint("emigm"))
     with pytest.raises(ConfigError, match=message):
         generator(seeds=[0], **words)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [({"top_k": 0}, "top_k 0 must be at least 1"), ({"order_temperature": -1.0}, "must not be negative")],
+)
+def test_bad_words_of_discrete_tokens_are_refused(words, message):
+    with pytest.raises(ConfigError, match=message):
+        ImageGenerator(class_images.checkpoint("bert"))(labels=[0], seeds=[0], **words)
 
 
 def test_texts_are_refused_by_a_network_of_classes():

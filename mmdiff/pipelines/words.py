@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import numbers
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, TypedDict, get_type_hints
 
 import torch
 
@@ -90,6 +91,18 @@ class ImageWords(TypedDict, total=False):
     callback_on_step_end: Callback
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+_KINDS: dict[Any, tuple[str, Callable[[Any], bool]]] = {
+    int: ("a whole number", lambda v: isinstance(v, numbers.Integral) and not isinstance(v, bool)),
+    float: ("a number", _is_number),
+    str: ("a word", lambda v: isinstance(v, str)),
+    Sequence[float]: ("a list of numbers", lambda v: isinstance(v, (list, tuple)) and all(map(_is_number, v))),
+}
+"""Kind of a word -> (its name, test of a value)."""
+
 _ALIASES = {"num_inference_steps": "steps", "guidance": "cfg_scale"}
 
 
@@ -97,7 +110,7 @@ def with_defaults(words: Mapping[str, Any], defaults: Mapping[str, Any], known: 
     """What the user said, over what the checkpoint recommends.
 
     Raises:
-        ConfigError: A word nobody knows; the nearest known one is named.
+        ConfigError: A word nobody knows; the nearest known one is named. Or a value of another kind.
     """
     names = list(known.__annotations__)
     for word in words:
@@ -107,6 +120,11 @@ def with_defaults(words: Mapping[str, Any], defaults: Mapping[str, Any], known: 
                 f"unknown option {word!r}; " + (f"did you mean {near[0]!r}?" if near else f"known: {names}")
             )
     said = {k: v for k, v in words.items() if v is not None}
+    kinds = get_type_hints(known)
+    for word, value in said.items():
+        expected, fits = _KINDS.get(kinds[word], ("", lambda _: True))
+        if not fits(value):
+            raise ConfigError(f"option {word} = {value!r}: expected {expected}")
     kept = {k: v for k, v in defaults.items() if k in names and _ALIASES.get(k) not in said}
     return {**kept, **said}
 

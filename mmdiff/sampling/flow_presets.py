@@ -77,15 +77,15 @@ def flow_parts(
         raise ConfigError(f"solver {solver!r}; known: {', '.join(SOLVERS)}")
     if shift <= 0:
         raise ConfigError(f"shift {shift} must be above 0; 1 = none")
-    low, high = guidance_interval or (0.0, 1.0)
-    if not 0 <= low < high <= 1:
-        raise ConfigError(f"guidance_interval {[low, high]} must be two numbers with 0 <= low < high <= 1")
+    interval = (0.0, 1.0) if guidance_interval is None else tuple(guidance_interval)
+    if len(interval) != 2 or not 0 <= interval[0] < interval[1] <= 1:
+        raise ConfigError(f"guidance_interval {list(interval)} must be two numbers with 0 <= low < high <= 1")
     scale = guidance_scale(guidance, cfg_scale)
     return FlowParts(
         sigmas=_sigmas(step_count(num_inference_steps, steps) or count, shift),
         solver=solver or name,
         guidance=_GUIDANCE if scale is None else scale,
-        interval=(float(low), float(high)),
+        interval=(float(interval[0]), float(interval[1])),
     )
 
 

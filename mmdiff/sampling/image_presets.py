@@ -96,16 +96,19 @@ def latent_parts(
     order = order or ("mar" if mar else "random")
     _known("order", order, ("random", "mar", "halton"))
     default, head, interval = (_MAR_STEPS[preset], 100, (0.0, 1.0)) if mar else _LATENT[preset]
+    head = head if head_steps is None else head_steps
     passes = min(step_count(num_inference_steps, steps) or default, slots)
     scale = guidance_scale(guidance, cfg_scale)
     scale = (_MAR_GUIDANCE if mar else _EMIGM_GUIDANCE) if scale is None else scale
-    low, high = interval if guidance_interval is None else guidance_interval
+    low_high: Any = interval if guidance_interval is None else tuple(guidance_interval)
+    if len(low_high) != 2:
+        raise ConfigError(f"guidance_interval {list(low_high)} must be two numbers, such as [0.1, 0.3]")
     _known("guidance_schedule", guidance_schedule, (None, *RAMPS))
     ramp: Any = guidance_schedule or ("linear" if mar else "constant")
     return {
         **_latent_order(order, compat, mask_schedule, passes, rows, tokens, source, start),
-        "sampler": _solver(solver or ("ddpm" if mar else "dpm"), head_steps or head, temperature),
-        "guidance": GuidanceSchedule(scale, ramp, (low, high), reserve=int(order == "mar")),
+        "sampler": _solver(solver or ("ddpm" if mar else "dpm"), head, temperature),
+        "guidance": GuidanceSchedule(scale, ramp, low_high, reserve=int(order == "mar")),
     }
 
 
@@ -157,6 +160,8 @@ def code_parts(
         raise ConfigError(f"temperature {temperature} must be above 0: image codes are drawn, not chosen")
     if order_temperature is not None and order not in ("confidence", "google"):
         raise ConfigError(f"order_temperature is noise in an order by confidence; order {order!r} has none")
+    if order_temperature is not None and order_temperature < 0:
+        raise ConfigError(f"order_temperature {order_temperature} must not be negative; 0 = no noise")
     passes = min(step_count(num_inference_steps, steps) or _CODE_STEPS[preset], slots)
     scale = guidance_scale(guidance, cfg_scale)
     scale = (_HALTON_GUIDANCE if halton else _CODE_GUIDANCE) if scale is None else scale

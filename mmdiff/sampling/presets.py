@@ -227,8 +227,6 @@ def _sampler(temperature: float, top_k: int | None, top_p: float | None, referen
     cut = top_k is not None or top_p is not None
     if temperature < 0:
         raise ConfigError(f"temperature {temperature} must not be negative")
-    if (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
-        raise ConfigError(f"top_k {top_k} must be at least 1 and top_p {top_p} in (0, 1]")
     if cut and (temperature == 0 or reference):
         why = "compat='reference' draws from all classes" if reference else "temperature 0 draws nothing"
         raise ConfigError(f"top_k and top_p cut off what is drawn, but {why}: set a temperature or leave them out")

@@ -137,6 +137,10 @@ class Multinomial:
     top_p: float | None = None
     dtype: torch.dtype = torch.float32
 
+    def __post_init__(self) -> None:
+        if (self.top_k is not None and self.top_k < 1) or (self.top_p is not None and not 0 < self.top_p <= 1):
+            raise ConfigError(f"top_k {self.top_k} must be at least 1 and top_p {self.top_p} in (0, 1]")
+
     def choose(self, logits: Float[Tensor, "B q V"], draw: Draw) -> Int[Tensor, "B q"]:
         """First class whose cumulative probability exceeds the draw."""
         cut = keep_likely(logits / self.temperature, self.top_k, self.top_p)
