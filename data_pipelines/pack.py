@@ -7,12 +7,14 @@ is ``reader``'s; what samples hold is decided by the callers (``datasets``, ``ca
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import functools
 import io
 import json
 import os
 import re
+import shutil
 import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -323,6 +325,9 @@ def write_shard(path: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]]) 
 
     Returns:
         ``path``.
+
+    Raises:
+        ShardError: It could not be written, for want of room or of permission; a former shard of that name is intact.
     """
     partial = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
@@ -334,10 +339,18 @@ def write_shard(path: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]]) 
         Path(index_name(path)).unlink(missing_ok=True)
         index = build_index(partial, url=str(path))
         partial.replace(path)
+        write_index(index, index_name(path))
+    except OSError as error:
+        raise ShardError(_unwritten(path, error)) from error
     finally:
         partial.unlink(missing_ok=True)
-    write_index(index, index_name(path))
     return path
+
+
+def _unwritten(path: Path, error: OSError) -> str:
+    full = error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+    advice = f"{shutil.disk_usage(path.parent).free:,} bytes are free: make room" if full else "check the folder"
+    return f"{path}: could not be written ({error.strerror or error}); {advice} and run the command again"
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:

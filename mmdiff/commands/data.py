@@ -251,7 +251,8 @@ def cache(
     model: Any = load_model(encoder, device=device)
     if not hasattr(model, "encode") or not hasattr(model.config, "image_size"):
         raise ConfigError(
-            f"{encoder}: a {type(model).__name__} does not turn images into codes; give an image tokenizer"
+            f"{encoder}: is an {type(model).__name__}, which does not turn images into codes or latents; give an image "
+            "tokenizer or an autoencoder"
         )
     model.eval()
 

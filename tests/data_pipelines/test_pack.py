@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -458,3 +459,18 @@ def test_samples_with_pictures_in_common_go_together(tmp_path: Path) -> None:
     where = {key: name for name in ("train", "test") for key in samples_of(tmp_path / "p" / name)}
     assert report.groups == 1
     assert len({where[f"chain{i}"] for i in range(8)}) == 1
+
+
+def test_a_full_disk_is_a_sentence_and_leaves_whole_shards_only(tmp_path, monkeypatch):
+    rows = [(f"{i:03d}", {"png": png(i), "cls": b"1"}) for i in range(4)]
+    write_shards(rows[:2], tmp_path, "train", 2)
+    before = (tmp_path / "train-00000.tar").read_bytes()
+
+    def full(tar: tarfile.TarFile, *given: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tarfile.TarFile, "addfile", full)
+    with pytest.raises(ShardError, match=r"train-00000.tar: could not be written \(No space left .* make room"):
+        write_shards(rows, tmp_path, "train", 2)
+    assert (tmp_path / "train-00000.tar").read_bytes() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["train-00000.tar", "train-00000.tar.idx.json"]
