@@ -135,12 +135,13 @@ def test_guidance_outside_its_interval_costs_nothing():
         ({"labels": [0], "guidance_interval": 0.3}, "option guidance_interval = 0.3: expected a list of numbers"),
         ({"labels": [0], "guidance_interval": [0.1, 0.2, 0.3]}, r"\[0.1, 0.2, 0.3\] must be two numbers"),
         ({"labels": [0], "order": 3}, "option order = 3: expected a word"),
+        ({"labels": [0], "seeds": ["a"]}, "seed 'a': expected a whole number"),
     ],
 )
 def test_bad_words_are_refused(words, message):
     generator = ImageGenerator(class_images.checkpoint("emigm"))
     with pytest.raises(ConfigError, match=message):
-        generator(seeds=[0], **words)
+        generator(**{"seeds": [0], **words})
 
 
 @pytest.mark.parametrize(
@@ -150,6 +151,32 @@ def test_bad_words_are_refused(words, message):
 def test_bad_words_of_discrete_tokens_are_refused(words, message):
     with pytest.raises(ConfigError, match=message):
         ImageGenerator(class_images.checkpoint("bert"))(labels=[0], seeds=[0], **words)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"labels": torch.tensor([4])}, "labels from 4 to 4; this network takes 0 to 3"),
+        ({"labels": torch.tensor([-1])}, "labels from -1 to -1"),
+        ({"mask": torch.ones(1, 15, dtype=torch.bool)}, r"mask is torch.bool \(1, 15\); expected bool \(1, 16\)"),
+        ({"latents": torch.zeros(1, 16, 5)}, r"latents are \(1, 16, 5\); this network takes"),
+    ],
+)
+def test_a_network_of_continuous_tokens_refuses_what_does_not_fit(change, message):
+    net = class_images.checkpoint("emigm").model
+    n, c = net.config.tokens, net.config.token_channels
+    given = {"latents": torch.zeros(1, n, c), "mask": torch.ones(1, n, dtype=torch.bool), "labels": torch.tensor([0])}
+    with pytest.raises(ConfigError, match=message):
+        net.condition(**(given | change))
+
+
+def test_a_network_of_codes_refuses_what_it_has_no_row_for():
+    net = class_images.checkpoint("bert").model
+    codes = torch.zeros(1, net.config.tokens, dtype=torch.long)
+    with pytest.raises(ConfigError, match="codes from 0 to 10; this network takes 0 to 9"):
+        net(codes.index_fill(1, torch.tensor([2]), 10), torch.tensor([0]))
+    with pytest.raises(ConfigError, match="labels from 9 to 9; this network takes 0 to 3"):
+        net(codes, torch.tensor([9]))
 
 
 def test_texts_are_refused_by_a_network_of_classes():

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from mmdiff.errors import ConfigError
 
 if TYPE_CHECKING:
     from mmdiff.text import Tokenizer
 
-__all__ = ["PretrainedModule"]
+__all__ = ["PretrainedModule", "check_range"]
 
 M = TypeVar("M", bound="PretrainedModule")
 
@@ -118,3 +120,18 @@ class PretrainedModule(nn.Module):
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, **parts)
             return push(folder, repo_id, private=private)
+
+
+def check_range(what: str, values: Tensor, high: int) -> None:
+    """Refuse whole numbers outside 0 .. ``high``.
+
+    Only those on a CPU are looked at: a look at an accelerator would wait for it.
+
+    Raises:
+        ConfigError: One lies outside.
+    """
+    if values.device.type != "cpu" or torch.compiler.is_compiling() or not values.numel():
+        return
+    low, top = (int(v) for v in values.aminmax())
+    if low < 0 or top > high:
+        raise ConfigError(f"{what} from {low} to {top}; this network takes 0 to {high}")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from mmdiff.batch import Layout
 from mmdiff.config import Field, config
 from mmdiff.errors import ConfigError
-from mmdiff.models.base import PretrainedModule
+from mmdiff.models.base import PretrainedModule, check_range
 from mmdiff.models.diffusion_head import DiffusionHead
 from mmdiff.nn.patches import fold, unfold
 from mmdiff.nn.vit import ViTBlock, take
@@ -225,6 +225,9 @@ class EMIGM(PretrainedModule):
         """
         # The tokens of a run stay float32, whatever the precision of the weights.
         tokens = self._tokens(latents).to(self.fake_latent.dtype)
+        if mask.shape != tokens.shape[:2] or mask.dtype != torch.bool:
+            raise ConfigError(f"mask is {mask.dtype} {tuple(mask.shape)}; expected bool {tuple(tokens.shape[:2])}")
+        check_range("labels", labels, self.config.classes)
         known = Known.of(mask, counts)
         return self.decode(self.encode(tokens, mask, labels, known), mask, known, index)
 

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from mmdiff.batch import Layout
 from mmdiff.config import Field, config
 from mmdiff.errors import ConfigError
-from mmdiff.models.base import PretrainedModule
+from mmdiff.models.base import PretrainedModule, check_range
 from mmdiff.nn.layers import RMSNorm
 
 __all__ = ["SIZES", "Config", "MaskGIT"]
@@ -356,11 +356,13 @@ class MaskGIT(PretrainedModule):
             Float [B, N, K+1]; the last entry is that of the mask, which published networks have too.
 
         Raises:
-            ConfigError: Another number of tokens.
+            ConfigError: Another number of tokens, or codes or labels out of range.
         """
         codes = codes.flatten(1)
         if codes.shape[1] != self.config.tokens:
             raise ConfigError(f"{codes.shape[1]} codes per image, the network takes {self.config.tokens}")
+        check_range("codes", codes, self.config.codebook)
+        check_range("labels", labels, self.config.classes)
         return self.net(codes, labels)
 
     @torch.no_grad()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import difflib
-import numbers
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral, Real
 from typing import Any, Literal, TypedDict, get_type_hints
 
 import torch
@@ -92,11 +92,11 @@ class ImageWords(TypedDict, total=False):
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 _KINDS: dict[Any, tuple[str, Callable[[Any], bool]]] = {
-    int: ("a whole number", lambda v: isinstance(v, numbers.Integral) and not isinstance(v, bool)),
+    int: ("a whole number", lambda v: isinstance(v, Integral) and not isinstance(v, bool)),
     float: ("a number", _is_number),
     str: ("a word", lambda v: isinstance(v, str)),
     Sequence[float]: ("a list of numbers", lambda v: isinstance(v, (list, tuple)) and all(map(_is_number, v))),
@@ -188,6 +188,8 @@ def sources(
     numbers = [seeds or 0] * rows if seeds is None or isinstance(seeds, int) else list(seeds)
     if len(numbers) != rows:
         raise ConfigError(f"{len(numbers)} seeds for {rows} items; give one per item, or one for all")
+    if strange := [s for s in numbers if not isinstance(s, Integral)]:
+        raise ConfigError(f"seed {strange[0]!r}: expected a whole number")
     return [rng.generator(s, stream) for s in numbers]
 
 
