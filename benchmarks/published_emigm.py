@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 __all__ = ["PublishedSampler", "training_step"]
 
@@ -117,12 +118,25 @@ def head(net: Any, x: Tensor, t: Tensor, z: Tensor) -> Tensor:
     """The denoiser of a token, in the published order of operations on the weights of our module."""
     y = net.time_embed(t) + net.cond_embed(z)
     x = net.input_proj(x)
-    for block in net.res_blocks:
-        shift, scale, gate = block.adaLN_modulation(y).chunk(3, dim=-1)
-        x = x + gate * block.mlp(block.in_ln(x) * (1 + scale) + shift)
+    for layer in net.res_blocks:
+        shift, scale, gate = layer.adaLN_modulation(y).chunk(3, dim=-1)
+        x = x + gate * layer.mlp(layer.in_ln(x) * (1 + scale) + shift)
     shift, scale = net.final_layer.adaLN_modulation(y).chunk(2, dim=-1)
-    normed = torch.nn.functional.layer_norm(x, x.shape[-1:], eps=1e-6)
+    normed = functional.layer_norm(x, x.shape[-1:], eps=1e-6)
     return net.final_layer.linear(normed * (1 + scale) + shift)
+
+
+def block(layer: Any, x: Tensor) -> Tensor:
+    """A Transformer block on the weights of our module, with PyTorch's own attention and dropout."""
+    attention, mlp, training = layer.attn, layer.mlp, layer.training
+    b, n, width = x.shape
+    qkv = attention.qkv(layer.norm1(x)).reshape(b, n, 3, attention.heads, -1).permute(2, 0, 3, 1, 4)
+    rate = attention.dropout if training else 0.0
+    mixed = functional.scaled_dot_product_attention(*qkv.unbind(0), dropout_p=rate)
+    mixed = attention.proj(mixed.transpose(1, 2).reshape(b, n, width))
+    x = x + functional.dropout(mixed, attention.proj_drop.p, training)
+    hidden = functional.dropout(functional.gelu(mlp.fc1(layer.norm2(x))), mlp.drop.p, training)
+    return x + functional.dropout(mlp.fc2(hidden), mlp.drop.p, training)
 
 
 class PublishedSampler:
@@ -156,8 +170,8 @@ class PublishedSampler:
         x = x + m.encoder_pos_embed_learned
         x = m.z_proj_ln(x)
         x = x[(1 - mask).nonzero(as_tuple=True)].reshape(b, -1, width)
-        for block in m.encoder_blocks:
-            x = block(x)
+        for layer in m.encoder_blocks:
+            x = block(layer, x)
         return m.encoder_norm(x)
 
     def decode(self, x: Tensor, mask: Tensor) -> Tensor:
@@ -170,8 +184,8 @@ class PublishedSampler:
         padded = vector.unsqueeze(0).repeat(mask.shape[0], mask.shape[1], 1).to(x.dtype)
         padded[(1 - mask).nonzero(as_tuple=True)] = x.reshape(-1, x.shape[2])
         x = padded + m.decoder_pos_embed_learned
-        for block in m.decoder_blocks:
-            x = block(x)
+        for layer in m.decoder_blocks:
+            x = block(layer, x)
         x = m.decoder_norm(x)[:, front:]
         return x + m.diffusion_pos_embed_learned
 

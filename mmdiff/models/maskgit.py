@@ -24,6 +24,7 @@ from mmdiff.batch import Layout
 from mmdiff.config import Field, config
 from mmdiff.errors import ConfigError
 from mmdiff.models.base import PretrainedModule, check_range
+from mmdiff.nn.dropout import Dropout, attention
 from mmdiff.nn.layers import RMSNorm
 
 __all__ = ["SIZES", "Config", "MaskGIT"]
@@ -130,7 +131,7 @@ class InProjAttention(nn.Module):
     def forward(self, x: Float[Tensor, "B L D"]) -> Float[Tensor, "B L D"]:
         """Shape is kept."""
         query, key, value = _heads(F.linear(x, self.in_proj_weight, self.in_proj_bias), 3, self.heads)
-        out = F.scaled_dot_product_attention(query, key, value, dropout_p=self.dropout if self.training else 0.0)
+        out = attention(query, key, value, rate=self.dropout if self.training else 0.0)
         return self.out_proj(out.transpose(1, 2).flatten(2))
 
 
@@ -152,7 +153,7 @@ class BertFeedForward(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         d, f, rate = config.width, config.ffn_width, config.dropout
-        self.net = nn.Sequential(nn.Linear(d, f), nn.GELU(), nn.Dropout(rate), nn.Linear(f, d), nn.Dropout(rate))
+        self.net = nn.Sequential(nn.Linear(d, f), nn.GELU(), Dropout(rate), nn.Linear(f, d), Dropout(rate))
 
     def forward(self, x: Float[Tensor, "B L D"]) -> Float[Tensor, "B L D"]:
         """Shape is kept."""
@@ -195,7 +196,7 @@ class Bert(nn.Module):
         self.tok_emb = nn.Embedding(entries, d)
         self.pos_emb = nn.Parameter(torch.empty(1, c.tokens + 1, d))
         self.bias = nn.Parameter(torch.empty(c.tokens + 1, entries))
-        self.first_layer = nn.Sequential(*_mlp(d, rate), nn.Dropout(rate), nn.Linear(d, d))
+        self.first_layer = nn.Sequential(*_mlp(d, rate), Dropout(rate), nn.Linear(d, d))
         self.last_layer = nn.Sequential(*_mlp(d, rate))
         self.transformer = Stack(BertBlock(config) for _ in range(c.depth))
 
@@ -213,7 +214,7 @@ class Bert(nn.Module):
 
 def _mlp(width: int, rate: float) -> list[nn.Module]:
     norms = [nn.LayerNorm(width, eps=1e-12) for _ in range(2)]
-    return [norms[0], nn.Dropout(rate), nn.Linear(width, width), nn.GELU(), norms[1]]
+    return [norms[0], Dropout(rate), nn.Linear(width, width), nn.GELU(), norms[1]]
 
 
 class HaltonAttention(nn.Module):
@@ -230,7 +231,7 @@ class HaltonAttention(nn.Module):
         width = x.shape[-1:]
         parts = (F.rms_norm(self.wq(x), width, eps=_EPS), F.rms_norm(self.wk(x), width, eps=_EPS), self.wv(x))
         query, key, value = (_heads(part, 1, self.heads)[0] for part in parts)
-        out = F.scaled_dot_product_attention(query, key, value, dropout_p=self.dropout if self.training else 0.0)
+        out = attention(query, key, value, rate=self.dropout if self.training else 0.0)
         return self.wo(out.transpose(1, 2).flatten(2))
 
 
@@ -241,7 +242,7 @@ class HaltonFeedForward(nn.Module):
         super().__init__()
         self.w1, self.w3 = (nn.Linear(config.width, config.ffn_hidden, bias=False) for _ in range(2))
         self.w2 = nn.Linear(config.ffn_hidden, config.width, bias=False)
-        self.drop = nn.Dropout(config.dropout)
+        self.drop = Dropout(config.dropout)
 
     def forward(self, x: Float[Tensor, "B L D"]) -> Float[Tensor, "B L D"]:
         """Shape is kept."""
@@ -306,7 +307,7 @@ class Halton(nn.Module):
         self.tok_emb = nn.Embedding(c.codebook + 1, d)
         self.pos_emb = nn.Embedding(c.tokens, d)
         self.reg_tokens = nn.Embedding(c.registers, d) if c.registers else None
-        self.in_drop = nn.Dropout(c.dropout)
+        self.in_drop = Dropout(c.dropout)
         self.transformer = Stack(HaltonBlock(c) for _ in range(c.depth))
         self.last_norm = HaltonNorm(d)
         self.head = nn.ParameterDict({"bias": nn.Parameter(torch.empty(c.codebook + 1))})

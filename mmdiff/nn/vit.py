@@ -10,6 +10,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mmdiff.nn.dropout import Dropout, attention
+
 __all__ = ["SelfAttention", "ViTBlock", "take"]
 
 
@@ -35,7 +37,7 @@ class SelfAttention(nn.Module):
         self.heads, self.dropout = heads, dropout
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
-        self.proj_drop = nn.Dropout(proj_dropout)
+        self.proj_drop = Dropout(proj_dropout)
 
     def forward(
         self,
@@ -57,7 +59,7 @@ class SelfAttention(nn.Module):
             (query,) = self._heads(F.linear(take(x, index), weight[:width], bias[:width]), 1)
             key, value = self._heads(F.linear(x, weight[width:], bias[width:]), 2)
         rate = self.dropout if self.training else 0.0
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=attend, dropout_p=rate)
+        out = attention(query, key, value, attend, rate)
         return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
 
     def _heads(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
@@ -71,7 +73,7 @@ class FeedForward(nn.Module):
     def __init__(self, width: int, hidden: int, dropout: float) -> None:
         super().__init__()
         self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
-        self.drop = nn.Dropout(dropout)
+        self.drop = Dropout(dropout)
 
     def forward(self, x: Float[Tensor, "B q D"]) -> Float[Tensor, "B q D"]:
         """Shape is kept."""
