@@ -241,9 +241,11 @@ def _check_images(spec: RunConfig, image_tokenizer: Any, layout: Layout) -> None
     _check_cache(spec)
     if layout.latents:
         c = image_tokenizer.config
-        if (getattr(c, "channels", None), getattr(c, "grid", None)) != layout.latents[:2]:
+        have = getattr(c, "channels", None), getattr(c, "grid", None)
+        if have != layout.latents[:2]:
+            makes = f"{have[0]} channels of {have[1]} x {have[1]}" if have[0] else f"none: it is a {c.type}"
             raise ConfigError(
-                f"image_tokenizer {spec.image_tokenizer} has other latents than the model, which draws "
+                f"image_tokenizer {spec.image_tokenizer} has other latents than the model ({makes}), which draws "
                 f"{layout.latents[0]} channels of {layout.latents[1]} x {layout.latents[2]}"
             )
         return
