@@ -282,8 +282,10 @@ def _refusal(path: Path, text: str) -> str:
         why = f"asks for more than tensors ({reason[1] if reason else text[:200]})"
     code = (
         "import torch; from safetensors.torch import save_file; "
-        f"d = torch.load('{path.name}', weights_only=False); "
-        f"save_file({{k: v.contiguous() for k, v in d.items()}}, '{path.stem}.safetensors')"
+        f"d = torch.load('{path.name}', map_location='cpu', weights_only=False); "
+        f"d = next((d[k] for k in {_ROOTS} if k in d), d); "
+        "d = {k: v.contiguous().clone() for k, v in d.items() if torch.is_tensor(v)}; "
+        f"save_file(d, '{path.stem}.safetensors')"
     )
     return (
         f"{path}: refused, because it {why}; nothing of it was run. Only tensors, plain containers and "

@@ -116,6 +116,21 @@ def test_r10_the_refusal_names_what_the_file_asks_for_and_how_to_convert_it(tmp_
     assert error.value.exit_code == 4
 
 
+@pytest.mark.parametrize("root", [None, "state_dict"])
+def test_r10_the_command_that_a_refusal_shows_converts_a_harmless_file(tmp_path, root):
+    """As Lightning's checkpoints are, whose tables of callbacks are keyed by classes."""
+    weights = {"a": torch.arange(6.0).view(2, 3).t(), "b": torch.ones(2)}
+    tree = {"callbacks": {collections.deque: {}}, **({root: weights} if root else weights)}
+    torch.save(tree, tmp_path / "last.ckpt")
+    with pytest.raises(UnsafeFileError) as error:
+        read_tensors(tmp_path / "last.ckpt", root=root)
+    code = str(error.value).partition('python -c "')[2].removesuffix('"')
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    found = dict(read_tensors(tmp_path / "last.safetensors"))
+    assert found.keys() == weights.keys()
+    assert all(torch.equal(found[k], v) for k, v in weights.items())
+
+
 @pytest.mark.parametrize(
     "value",
     [Path("/x"), collections.deque([1]), torch.nn.Linear(2, 2), random.Random(0).getstate, os.getcwd],
