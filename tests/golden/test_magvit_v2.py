@@ -6,6 +6,7 @@ minutes and is marked slow.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import zlib
@@ -74,14 +75,13 @@ class Golden:
         return folder
 
     def quantizer(self) -> MAGVIT:
-        """A network of any shape with as many bits as the features ``z`` have channels."""
-        lfq, bits = self.tree["lfq"], self.inputs["z"].shape[1]
+        """A network with the set's weights of the losses and as many bits as the features ``z`` have channels."""
+        lfq, names = self.tree["lfq"], {"beta": "pull", "commit_loss_multiplier": "commitment"}
+        assert set(lfq) == {*names, "entropy_multiplier"}
         config = LAYOUTS["magvit-v2"].read({k: self.tree[k] for k in ("encoder", "decoder")}, {})
-        assert config.bits == bits
-        assert (config.pull, config.commitment, config.entropy) == (
-            lfq["beta"], lfq["commit_loss_multiplier"], lfq["entropy_multiplier"]
-        )  # fmt: skip
-        return build(config)
+        assert config.bits == self.inputs["z"].shape[1]
+        weights = {n: lfq[k] for k, n in names.items()}
+        return build(dataclasses.replace(config, **weights, entropy=lfq["entropy_multiplier"]))
 
 
 def weights(tree: dict[str, Any]) -> dict[str, Tensor]:
@@ -122,8 +122,8 @@ def ours(output: str, golden: Golden) -> Tensor:
         "encoder_z": lambda: z,
         "quantized": lambda: model.quantize(z),
         "indices": lambda: codes.flatten(1),
-        "quantizer_loss": lambda: model.commitment(z),
-        "entropy_loss": lambda: model.entropy(z),
+        "quantizer_loss": lambda: golden.quantizer().commitment(z),
+        "entropy_loss": lambda: golden.quantizer().entropy(z),
         "decoded": lambda: model.decode(codes),
     }[name]()
 

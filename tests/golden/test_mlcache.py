@@ -89,7 +89,7 @@ class Golden:
         assert not set(options) - OPTIONS, "an option without a meaning here"
         steps, heat, scale = options["timesteps"], float(options["temperature"]), 1 + float(options["cfg_scale"])
         cache, spy = None, Spy(self.model)
-        if options["use_cache"]:
+        if options["use_cache"] and scale != 1:
             cache = MaxLogit(
                 steps, float(options["cache_ratio"]), options["refresh_interval"], float(options["warmup_ratio"])
             )

@@ -23,7 +23,7 @@ from tests.helpers.golden import root_of, rule, tree_of
 NAME = "mmada_t2i"
 
 RULES = {
-    r"schedule\.\w+": "close",
+    r"schedule\.[\w.]+": "close",
     r"\w+\.(inputs_per_step|result|attention)": "exact",
 }
 INPUTS = r"(uncond_)?attention_mask|uncond_input_ids|input_ids\w*|\w+\.u_(gumbel|sample)|schedule\.t|toy\.[UPW]"
@@ -72,8 +72,10 @@ class Golden:
         """A row per sequence, padding in front as published; the unconditional prompts have the same place."""
         tree, valid = self.tree, self.inputs["attention_mask"].bool()
         start, open_ = tree["prefix_length"] + 1, ids == tree["mask_id"]
-        prefix = (torch.arange(ids.shape[1]) < tree["uncond_prefix_length"]).expand_as(ids)
-        # The published loop keeps the current image part, so only the prefix is the other prompt's.
+        # The published loop keeps the current image part; where it cuts the other prompt short, the first one's tokens
+        # follow, and the padding is the other prompt's all the same.
+        short = (torch.arange(ids.shape[1]) < tree["uncond_prefix_length"]).expand_as(ids)
+        prefix = (torch.arange(ids.shape[1]) < tree["prefix_length"]).expand_as(ids)
         return Canvas(
             tokens=ids.clone(),
             undecided=open_,
@@ -83,7 +85,7 @@ class Golden:
             start=start,
             order=torch.full(ids.shape, -1, dtype=torch.int32),
             droppable=prefix,
-            null=self.inputs["uncond_input_ids"],
+            null=torch.where(short, self.inputs["uncond_input_ids"], ids),
             null_valid=self.inputs["uncond_attention_mask"].bool(),
         )
 
