@@ -21,7 +21,7 @@ from mmdiff.errors import ConfigError, SampleError, ShardError
 
 from .pack import write_shards
 from .ranges import shown
-from .reader import Sample, iter_samples
+from .reader import Sample, iter_samples, numbered
 from .source import expand
 from .transforms import Fit, Pixels
 
@@ -36,10 +36,12 @@ Encode = Callable[[Float[Tensor, "B 3 S S"]], Tensor]
 
 @dataclass(frozen=True)
 class _Members:
-    """What is added to a sample."""
+    """What is added to a sample, and how many images are encoded at once."""
 
     name: str
     flips: bool
+    others: bool
+    batch: int
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ def cache(
     fit: Fit = "square",
     member: str = "codes",
     flips: bool = False,
+    others: bool = False,
     name: str = "cached",
     samples_per_shard: int = 2000,
     max_skip_fraction: float = 0.001,
@@ -87,6 +90,7 @@ def cache(
         fit: How a rectangle becomes a square.
         member: Name of the new member: ``codes`` (integers), ``latents`` or ``moments`` (floats).
         flips: Also encode the mirrored image, as the member with ``_flip`` behind its name.
+        others: Also encode a sample's further images, ``image2`` as ``image2.codes.npy`` and so on.
         name: First part of the new shards' names.
         samples_per_shard: Samples per new shard.
         max_skip_fraction: Larger fractions of unusable samples raise.
@@ -104,7 +108,7 @@ def cache(
     skipped: Counter[str] = Counter()
     grid: list[tuple[int, int]] = []
     samples = progress(_usable(names, skipped))
-    rows = _encoded(samples, encode, Pixels(image_size, fit), batch, skipped, grid, _Members(member, flips))
+    rows = _encoded(samples, encode, Pixels(image_size, fit), skipped, grid, _Members(member, flips, others, batch))
     counted = Counter[str]()
     written = write_shards(_count(rows, counted), folder, name, samples_per_shard)
     total = counted["samples"] + sum(skipped.values())
@@ -130,42 +134,49 @@ def _encoded(
     samples: Iterable[Sample],
     encode: Encode,
     pixels: Pixels,
-    batch: int,
     skipped: Counter[str],
     grid: list[tuple[int, int]],
     members: _Members,
 ) -> Iterator[tuple[str, Mapping[str, bytes]]]:
     pending: list[tuple[Sample, Tensor]] = []
-    unused = torch.Generator()  # without augmentation nothing is drawn
     for sample in samples:
         try:
-            pending.append((sample, pixels(sample, unused)[0]))
+            pending.append((sample, _pictures(sample, pixels, members.others)))
         except SampleError as error:
             skipped[error.reason] += 1
-        if len(pending) == batch:
+        if sum(len(p) for _, p in pending) >= members.batch:
             yield from _flush(pending, encode, grid, members)
             pending = []
     if pending:
         yield from _flush(pending, encode, grid, members)
 
 
+def _pictures(sample: Sample, pixels: Pixels, others: bool) -> Tensor:
+    """Float [n, 3, S, S]: the first image, or all."""
+    unused = torch.Generator()  # without augmentation nothing is drawn
+    return torch.cat([pixels(sample, unused, n) for n in range(len(sample.images()) if others else 1)])
+
+
 def _flush(
     pending: Sequence[tuple[Sample, Tensor]], encode: Encode, grid: list[tuple[int, int]], members: _Members
 ) -> Iterator[tuple[str, Mapping[str, bytes]]]:
-    pixels = torch.stack([p for _, p in pending])
-    found = {f"{members.name}.npy": _encode(encode, pixels, members.name)}
+    pixels = torch.cat([p for _, p in pending])
+    found = {f"{members.name}.npy": _encode(encode, pixels, members)}
     if members.flips:
-        found[f"{members.name}_flip.npy"] = _encode(encode, pixels.flip(-1), members.name)
+        found[f"{members.name}_flip.npy"] = _encode(encode, pixels.flip(-1), members)
     first = next(iter(found.values()))
     grid[:] = [(first.shape[-2], first.shape[-1])]
-    for i, (sample, _) in enumerate(pending):
-        yield sample.key, {**sample.members, **{name: _npy(values[i]) for name, values in found.items()}}
+    start = 0
+    for sample, own in pending:
+        made = {numbered(n, name): _npy(v[start + n]) for name, v in found.items() for n in range(len(own))}
+        start += len(own)
+        yield sample.key, {**sample.members, **made}
 
 
-def _encode(encode: Encode, pixels: Tensor, member: str) -> np.ndarray:
+def _encode(encode: Encode, pixels: Tensor, members: _Members) -> np.ndarray:
     with torch.inference_mode():
-        values = encode(pixels).cpu()
-    integers = member == "codes"
+        values = torch.cat([encode(part).cpu() for part in pixels.split(members.batch)])
+    integers = members.name == "codes"
     if values.dim() != (3 if integers else 4) or len(values) != len(pixels) or values.is_floating_point() == integers:
         want = "integers [B, h, w]" if integers else "floats [B, C, h, w]"
         raise ConfigError(f"encode returned {values.dtype} {tuple(values.shape)}; expected {want} for {len(pixels)}")

@@ -8,6 +8,7 @@ Source: MMaDA (arXiv 2505.15809) and Lumina-DiMOO (arXiv 2510.06308), published 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -20,11 +21,12 @@ from mmdiff import rng
 from mmdiff.batch import IGNORE, Example, Layout
 from mmdiff.text import Tokenizer
 
-from .reader import Sample
+from .reader import Sample, numbered
 
-__all__ = ["BesideCodes", "DrawnCodes", "PicturelessTokenizer"]
+__all__ = ["BesideCodes", "DrawnCodes", "EditedCodes", "PicturelessTokenizer"]
 
-Codes = Callable[[Sample, Layout], Any]
+Codes = Callable[..., Any]
+"""Codes of a sample's first image, or of the one of a number; as `data_pipelines.contents.codes_of`."""
 
 
 class PicturelessTokenizer:
@@ -116,10 +118,8 @@ class DrawnCodes:
 
     def __call__(self, sample: Sample, generator: torch.Generator) -> Example:
         """One example."""
-        text, script = self.text(sample, generator), self.layout.script
-        empty = rng.uniform(generator, (1,)).item() < self.options.drop_text
-        before = script.drawing(self.tokenizer, None if empty else self.tokenizer.encode(text))
-        codes = (self.codes(sample, self.layout) + self.layout.code_offset).tolist()
+        script, before = self.layout.script, self.before(sample, generator)
+        codes = self.shifted(sample)
         side = math.isqrt(len(codes))
         ids = torch.tensor([*before, *script.slots(codes, side)])
         learnt = torch.zeros(len(ids), dtype=torch.bool)
@@ -134,6 +134,19 @@ class DrawnCodes:
             droppable=torch.zeros(len(ids), dtype=torch.bool),
         )
 
+    def before(self, sample: Sample, generator: torch.Generator) -> list[int]:
+        """Ids before the codes that are learnt."""
+        return list(self.layout.script.drawing(self.tokenizer, self.said(sample, generator)))
+
+    def said(self, sample: Sample, generator: torch.Generator) -> list[int] | None:
+        """Ids of the prompt; None where it is dropped."""
+        text = self.tokenizer.encode(self.text(sample, generator))
+        return None if rng.uniform(generator, (1,)).item() < self.options.drop_text else text
+
+    def shifted(self, sample: Sample, number: int = 0) -> list[int]:
+        """Ids of an image's codes."""
+        return list((self.codes(sample, self.layout, number) + self.layout.code_offset).tolist())
+
     def length(self, sample: Sample, generator: torch.Generator) -> int:
         """Slots of the example that the same arguments give."""
         return len(self(sample, generator).ids)
@@ -142,6 +155,21 @@ class DrawnCodes:
     def reads_images(self) -> bool:
         """Whether `length` needs the images' bytes: their codes are enough."""
         return False
+
+
+class EditedCodes(DrawnCodes):
+    """An instruction about one of a sample's further images, shown as its codes, and the codes of the first."""
+
+    def before(self, sample: Sample, generator: torch.Generator) -> list[int]:
+        """Ids before the codes that are learnt.
+
+        Raises:
+            SampleError: No image to begin from, or none with codes.
+        """
+        said = self.said(sample, generator)
+        others = next(n for n in itertools.count(1) if numbered(n, "codes.npy") not in sample.members) - 1
+        codes = self.shifted(sample, 1 + int(rng.uniform(generator, (1,)).item() * others))
+        return list(self.layout.script.editing(self.tokenizer, said, codes, math.isqrt(len(codes))))
 
 
 def _without_images(message: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from mmdiff.batch import Layout
 from mmdiff.errors import SampleError
 
 from .latents import read_array
-from .reader import Sample
+from .reader import Sample, numbered
 
 __all__ = ["answers_of", "caption_of", "codes_of", "instructions", "questions", "texts"]
 
@@ -86,18 +86,20 @@ def texts(value: Any) -> list[str]:
     return [v.strip() for v in values if isinstance(v, str) and v.strip()]
 
 
-def codes_of(sample: Sample, layout: Layout) -> np.ndarray:
-    """Codes of the image in row-major order, checked."""
-    data = sample.members.get("codes.npy")
+def codes_of(sample: Sample, layout: Layout, number: int = 0) -> np.ndarray:
+    """Codes of an image in row-major order, checked; ``number`` counts the sample's images from 0."""
+    name = numbered(number, "codes.npy")
+    data = sample.members.get(name)
     if data is None:
-        raise SampleError("missing_codes", f"{sample}: no member codes.npy; run mmdiff data cache on these shards")
+        how = "mmdiff data cache --others" if number else "mmdiff data cache"
+        raise SampleError("missing_codes", f"{sample}: no member {name}; run {how} on these shards")
     codes = read_array(data, _MAX_CODES_BYTES)
     if codes is None or codes.dtype.kind not in "iu":
-        raise SampleError("bad_codes", f"{sample}: codes.npy is not an array of integers")
+        raise SampleError("bad_codes", f"{sample}: {name} is not an array of integers")
     if codes.size != layout.codes:
         raise SampleError(
             "bad_codes",
-            f"{sample}: codes.npy holds {codes.size:,} codes, the model draws {layout.codes:,} per image; run "
+            f"{sample}: {name} holds {codes.size:,} codes, the model draws {layout.codes:,} per image; run "
             "mmdiff data cache with this model's image tokenizer",
         )
     if codes.min() < 0 or codes.max() >= layout.codebook:

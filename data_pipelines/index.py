@@ -41,9 +41,10 @@ _ENCODED = tuple(f"{kind}{mirror}.npy" for kind in ("codes", "latents", "moments
 _PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
 SUFFIXES = (*_ENCODED, *_PICTURES, "json", "txt", "text", "caption", "cls", "npy")
 """Suffixes that name a member of a sample; whatever stands before one is the key, dots included. Further pictures of a
-sample are ``image2.jpg``, ``image3.png``, ... up to ``image99``."""
+sample are ``image2.jpg``, ``image3.png``, ... up to ``image99``, and their codes ``image2.codes.npy`` and so on."""
 
-_KNOWN = "|".join((rf"(?:image(?:[2-9]|[1-9]\d)\.)?(?:{'|'.join(_PICTURES)})", *map(re.escape, SUFFIXES)))
+_NUMBERED = "|".join(map(re.escape, (*_PICTURES, *_ENCODED)))
+_KNOWN = "|".join((rf"(?:image(?:[2-9]|[1-9]\d)\.)?(?:{_NUMBERED})", *map(re.escape, SUFFIXES)))
 _NAME = re.compile(rf"(?s)(.+?)\.({_KNOWN})", re.IGNORECASE)
 _FORMAT = "mmdiff-shard-index"
 _VERSION = 1

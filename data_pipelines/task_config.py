@@ -198,7 +198,8 @@ class EditConfig:
     """Picture and instruction, codes of the changed picture as the answer; needs ``codes.npy`` (``mmdiff data cache``).
 
     The sample's first image, whose codes are cached, is what comes out; its others (``image2`` and on) are what it can
-    be made from, of which one is drawn each time.
+    be made from, of which one is drawn each time. A model that reads pictures as codes needs theirs too (``mmdiff data
+    cache --others``); it sees them as they are cached, without ``fit`` and ``augment``.
     """
 
     type: Literal["edit"] = "edit"
@@ -211,6 +212,9 @@ class EditConfig:
     """How a rectangle becomes a square."""
     augment: AugmentConfig | None = None
     """Random changes of the picture that is shown."""
+    drop_text: float = Field(default=0.1, ge=0, le=1)
+    """Share of instructions that are left out, for models that read pictures as codes (Lumina-DiMOO); others have the
+    objective's drop_prompt."""
     max_length: _Length = 4096
     """Longer sequences are skipped and counted."""
 

@@ -19,7 +19,7 @@ from mmdiff.batch import IGNORE, IMAGE, Example, Layout
 from mmdiff.errors import ConfigError, SampleError
 from mmdiff.text import Tokenizer, from_llava
 
-from .code_tasks import BesideCodes, DrawnCodes, PicturelessTokenizer
+from .code_tasks import BesideCodes, DrawnCodes, EditedCodes, PicturelessTokenizer
 from .contents import caption_of, codes_of, instructions, questions, texts
 from .conversations import read_conversation
 from .latents import LatentTask, PromptedTask, read_latents
@@ -68,14 +68,15 @@ def build_task(options: Any, tokenizer: Tokenizer | None, layout: Layout, cache:
 def _as_codes(options: Any, tokenizer: Any, layout: Layout) -> Task:
     """A task of a network that reads and draws images as codes of its vocabulary."""
     kind = options.type
-    if kind not in ("caption", "vqa", "text_to_image", "class_to_image"):
+    edits = kind == "edit" and hasattr(layout.script, "editing")
+    if not edits and kind not in ("caption", "vqa", "text_to_image", "class_to_image"):
         raise ConfigError(f"task {kind!r}: not known for this family")
     if kind in ("caption", "vqa"):
         task = _TASKS[kind](options, PicturelessTokenizer(tokenizer, layout.script), layout, None)
         task.picture = _no_picture
         return BesideCodes(task, tokenizer, layout, codes_of)
     made = _TASKS[kind](options, tokenizer, layout, None)
-    return DrawnCodes(options, tokenizer, layout, codes_of, made.said)
+    return (EditedCodes if edits else DrawnCodes)(options, tokenizer, layout, codes_of, made.said)
 
 
 def _no_picture(sample: Sample, generator: torch.Generator) -> Picture:
@@ -295,12 +296,16 @@ class _ClassToImage(_TextToImage):
 
 class _Edit(_TextToImage):
     def __call__(self, sample: Sample, generator: torch.Generator) -> Example:
-        instruction = _pick(instructions(sample, self.options.field), generator)
+        instruction = self.said(sample, generator)
         sources = range(1, len(sample.images()))
         if not sources:
             raise SampleError("missing_image", f"{sample}: no image2 that the picture could be made from")
         picture = self.picture(sample, generator, (_pick(sources, generator),))
         return self.draw(sample, _about_image(instruction), generator, picture)
+
+    def said(self, sample: Sample, generator: torch.Generator) -> str:
+        """What is to be changed."""
+        return _pick(instructions(sample, self.options.field), generator)
 
 
 class _Text(_Task):

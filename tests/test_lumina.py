@@ -9,16 +9,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 import mmdiff
+from mmdiff.cli import app
 from mmdiff.errors import ConfigError
-from mmdiff.images import crop_sizes, to_shape
+from mmdiff.images import crop_sizes, to_pixels, to_shape
 from mmdiff.io.convert import convert
 from mmdiff.io.layouts import LAYOUTS, detect
 from mmdiff.models.amused import AmusedVQ
 from mmdiff.models.lumina import Config
+from mmdiff.pipelines.drawing import Job
+from mmdiff.pipelines.painters import painter_of
 from mmdiff.pipelines.prompts import Prompter, about
+from mmdiff.sampling.guidance import without_condition
+from mmdiff.text.lumina import EDIT
 from tests.helpers import lumina, published
 from tests.helpers.tiny import picture
 
@@ -92,6 +99,36 @@ def test_an_instruction_redraws_the_picture_with_the_old_one_in_sight(model):
     one, other = (np.asarray(model.images.edit(picture(n, 16, 16), None, "a cat", seed=0)) for n in (0, 1))
     assert one.shape == (16, 16, 3)
     assert not np.array_equal(one, other)
+
+
+def test_an_instruction_lies_as_published(model):
+    """The editing sentence, the instruction, the old picture's rows behind it; guidance keeps the picture."""
+    painter, tokenizer = painter_of(model.checkpoint), model.checkpoint.tokenizer
+    special, size = model.checkpoint.model.config.special, painter.grid
+    shape = torch.ones(1, size**2, dtype=torch.bool)
+    job = Job(subjects=["make it red"], known=None, open=shape, sources=None, about=[picture(0, 16, 16)])
+    canvas = painter.canvas(job)
+    codes = (painter.encode(to_pixels(picture(0, 16, 16), painter.size)[None])[0] + painter.offset).view(size, size)
+    rows = [i for row in codes.tolist() for i in (*row, special.newline)]
+
+    def laid(user):
+        words = [tokenizer.encode(s) for s in ("<system>", EDIT, "</system>", "<user>")]
+        shown = [special.boi, *rows, special.eoi, *tokenizer.encode("</user>"), special.boa, special.boi]
+        return [*(i for w in words for i in w), *user, *shown]
+
+    assert canvas.tokens[0][canvas.valid[0]][: -size * (size + 1) - 2].tolist() == laid(tokenizer.encode("make it red"))
+    bare = without_condition(canvas, 0)
+    assert bare.tokens[0][bare.valid[0]][: -size * (size + 1) - 2].tolist() == laid([special.uncondition])
+
+
+def test_the_command_follows_an_instruction(folder, tmp_path):
+    picture(0, 16, 16).save(tmp_path / "old.png")
+    out = tmp_path / "new.png"
+    words = ["generate", folder, "make it red", "--image", tmp_path / "old.png", "--out", out, "--steps", "3"]
+    done = CliRunner().invoke(app, [str(w) for w in words])
+    assert done.exit_code == 0, done.output
+    with Image.open(out) as made:
+        assert made.size == (16, 16)
 
 
 def test_networks_that_follow_no_instructions_say_so(tmp_path):

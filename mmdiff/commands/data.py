@@ -236,6 +236,9 @@ def cache(
     batch: Annotated[int, typer.Option(min=1, help="Images per pass.")] = 64,
     fit: Annotated[str, typer.Option(help="How rectangles become squares: square, crop or pad.")] = "square",
     flips: Annotated[bool, typer.Option("--flips", help="Also encode mirrored images.")] = False,
+    others: Annotated[
+        bool, typer.Option("--others", help="Also encode the further images of a sample, which edits begin from.")
+    ] = False,
     latents: Annotated[
         bool, typer.Option("--latents", help="Of a scalar-quantised tokenizer take the values instead of the codes.")
     ] = False,
@@ -278,6 +281,7 @@ def cache(
         fit=how,
         member=member,
         flips=flips,
+        others=others,
         progress=_bar,
     )
     result = {**dataclasses.asdict(report), "shards": [str(s) for s in report.shards]}

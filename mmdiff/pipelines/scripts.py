@@ -21,7 +21,7 @@ from mmdiff.pipelines.drawing import Job, words_of
 from mmdiff.pipelines.painters import EnginePainter, slots_of
 from mmdiff.sampling import Canvas, CodeBackbone, Decoded, layout
 from mmdiff.sampling.vocabulary_presets import lumina_parts, mmada_parts
-from mmdiff.text import Tokenizer, lumina
+from mmdiff.text import Tokenizer
 
 __all__ = ["LuminaScript", "MMaDAScript", "Script", "ScriptPainter", "script_of"]
 
@@ -180,10 +180,8 @@ class LuminaScript(Script):
 
     def editing(self, text: str | None, codes: Sequence[int]) -> list[int]:
         """The picture stays in sight when the instruction is dropped."""
-        picture = self.scripts.picture([c + self.offset for c in codes], self.grid, self.grid)
-        user = [self.config.special.uncondition] if text is None else self.tokenizer.encode(text)
-        prompt = self.scripts.prompt(self.tokenizer, lumina.EDIT, user, [picture])
-        return [*prompt, self.config.special.boi]
+        said = None if text is None else self.tokenizer.encode(text)
+        return list(self.scripts.editing(self.tokenizer, said, [c + self.offset for c in codes], self.grid))
 
     def _picture(self, picture: Any) -> list[int]:
         factor = int(self.images.config.factor)

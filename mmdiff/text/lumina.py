@@ -108,6 +108,11 @@ class Scripts:
         user = [self.ids.uncondition] if text is None else text
         return [*self.prompt(tokenizer, DRAW, user), self.ids.boi]
 
+    def editing(self, tokenizer: Tokenizer, text: Sequence[int] | None, codes: Sequence[int], side: int) -> list[int]:
+        """The same for a picture made from another one, which stays in sight when the instruction is dropped."""
+        user = [self.ids.uncondition] if text is None else text
+        return [*self.prompt(tokenizer, EDIT, user, [self.shown(codes, side)]), self.ids.boi]
+
     def slots(self, codes: Sequence[int | None], side: int) -> list[int | None]:
         """What follows: rows, each closed by a break; the end of the image and of the answer."""
         rows = [[*codes[i * side : (i + 1) * side], self.ids.newline] for i in range(side)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 import mmdiff
-from data_pipelines.reader import Sample
+from data_pipelines.reader import Sample, numbered
 from data_pipelines.task_config import (
     CaptionConfig,
     ChatConfig,
@@ -25,6 +26,7 @@ from data_pipelines.tasks import build_task
 from mmdiff import rng
 from mmdiff.batch import IGNORE, Example, collate
 from mmdiff.errors import ConfigError, SampleError
+from mmdiff.images import to_pixels
 from mmdiff.pipelines.drawing import Job
 from mmdiff.pipelines.painters import painter_of
 from mmdiff.pipelines.prompts import Prompter, about
@@ -44,18 +46,16 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 def codes(checkpoint: Any) -> np.ndarray:
     """Codes of a picture, as `mmdiff data cache` stores them."""
     painter = painter_of(checkpoint)
-    from mmdiff.images import to_pixels
-
     return painter.encode(to_pixels(picture(0, *SQUARE), painter.size, "crop")[None])[0].numpy()
 
 
-def sample(codes: np.ndarray | None) -> Sample:
-    info = {"caption": "a red circle", "concept": "cat", "qa": [["a cat?", "yes", "cat"]]}
+def sample(codes: np.ndarray | None, *others: np.ndarray) -> Sample:
+    info = {"caption": "a red circle", "concept": "cat", "qa": [["a cat?", "yes", "cat"]], "instruction": "make it red"}
     members = {"json": json.dumps(info).encode()}
-    if codes is not None:
+    for number, values in enumerate([] if codes is None else [codes, *others]):
         stream = io.BytesIO()
-        np.save(stream, codes)
-        members["codes.npy"] = stream.getvalue()
+        np.save(stream, values)
+        members[numbered(number, "codes.npy")] = stream.getvalue()
     return Sample("k", "s.tar", members)
 
 
@@ -120,6 +120,50 @@ def test_shards_without_codes_say_what_makes_them(checkpoint):
 
 
 def test_what_a_family_has_no_sequences_for_is_refused(checkpoint):
-    for options in (ChatConfig(), EditConfig()):
+    edits = checkpoint.model.config.type == "lumina"
+    for options in (ChatConfig(),) if edits else (ChatConfig(), EditConfig()):
         with pytest.raises(ConfigError, match="not known for this family"):
             build_task(options, checkpoint.tokenizer, checkpoint.layout)
+
+
+@pytest.fixture(scope="module")
+def editor(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return mmdiff.load(lumina.publish(tmp_path_factory.mktemp("editor")), device="cpu").checkpoint
+
+
+def edited(checkpoint: Any, options: EditConfig, made: Sample, seed: int = 0) -> Example:
+    return build_task(options, checkpoint.tokenizer, checkpoint.layout)(made, rng.generator(seed, "task"))
+
+
+def test_an_edit_is_learnt_as_inference_draws_it(editor):
+    """The system sentence, the instruction, the old picture in rows, and the new one's codes to be learnt."""
+    painter = painter_of(editor)
+    old, new = (painter.encode(to_pixels(picture(n, *SQUARE), painter.size)[None])[0].numpy() for n in (0, 1))
+    for drop, text in ((0.0, "make it red"), (1.0, None)):
+        made = edited(editor, EditConfig(drop_text=drop), sample(new, old))
+        canvas = painter.canvas(dataclasses.replace(job([text], new), about=[picture(0, *SQUARE)]))
+        learnt = made.labels != IGNORE
+        assert torch.equal(made.ids.masked_fill(learnt, editor.layout.code_mask_id), canvas.tokens[0])
+        assert torch.equal(learnt, canvas.undecided[0])
+        assert (made.ids[learnt] - editor.layout.code_offset).tolist() == new.tolist()
+        assert made.task == "edit"
+
+
+def test_every_further_picture_is_begun_from(editor):
+    new, *olds = (np.full((4, 4), n) for n in range(4))
+    task = build_task(EditConfig(drop_text=0.0), editor.tokenizer, editor.layout)
+    made = [task(sample(new, *olds), rng.generator(seed, "task")) for seed in range(24)]
+    first = [int(m.ids[(m.ids >= editor.layout.code_offset).nonzero()[0]]) - editor.layout.code_offset for m in made]
+    assert set(first) == {1, 2, 3}
+
+
+def test_an_edit_without_codes_of_the_old_picture_says_what_makes_them(editor):
+    with pytest.raises(SampleError, match="--others"):
+        edited(editor, EditConfig(), sample(np.zeros((4, 4), dtype=int)))
+
+
+def test_edits_and_the_other_tasks_are_learnt_in_one_batch(editor, codes):
+    made = [edited(editor, EditConfig(), sample(codes, codes)), example(editor, CaptionConfig(), codes)]
+    losses = Masked(drop_prompt=0.0)(editor.model, collate(made), rng.generator(0, "objective"))
+    assert set(losses.terms) == {"edit", "caption"}
+    assert bool(losses.total.isfinite())

@@ -69,6 +69,22 @@ def test_cached_codes_are_what_the_task_reads(make_shards: Make, tmp_path: Path,
     assert example.ids[-16:].tolist() == [layout.code_offset + 2] * 16
 
 
+@pytest.mark.parametrize("batch", [1, 2, 64])
+def test_further_pictures_get_codes_of_their_own_when_asked_for(tmp_path: Path, batch: int) -> None:
+    rows = [(f"k{i}", members(i) | {f"image{n}.png": png(10 * i + n) for n in range(2, 2 + i)}) for i in range(4)]
+    (shard,) = write_shards(rows, tmp_path / "in", "s")
+    report = cache(str(shard), tmp_path / "out", encode, 16, batch, "abc", others=True, flips=True)
+    assert (report.samples, report.grid) == (4, (4, 4))
+    for i, made in enumerate(all_samples(list(report.shards))):
+        names = ["", *(f"image{n}." for n in range(2, 2 + i))]
+        told = {n.removesuffix("codes.npy"): v for n, v in made.members.items() if n.endswith("codes.npy")}
+        assert list(told) == names
+        assert sum(n.endswith("codes_flip.npy") for n in made.members) == len(names)
+        assert [int(np.load(io.BytesIO(told[n])).max()) for n in names] == [i, *(10 * i + n for n in range(2, 2 + i))]
+    plain = cache(str(shard), tmp_path / "plain", encode, 16, batch, "abc")
+    assert not any("image2.codes.npy" in s.members for s in all_samples(list(plain.shards)))
+
+
 def test_large_codebooks_are_kept_whole(make_shards: Make, tmp_path: Path) -> None:
     report = cache(str(make_shards(2)[0]), tmp_path / "o", lambda x: torch.full((len(x), 4, 4), 60_000), 16, 2, "abc")
     assert np.load(io.BytesIO(all_samples(list(report.shards))[0].members["codes.npy"])).max() == 60_000
