@@ -100,7 +100,7 @@ def codes_of(sample: Sample, layout: Layout, number: int = 0) -> np.ndarray:
         raise SampleError(
             "bad_codes",
             f"{sample}: {name} holds {codes.size:,} codes, the model draws {layout.codes:,} per image; run "
-            "mmdiff data cache with this model's image tokenizer",
+            "mmdiff data cache with this model's image tokenizer, and --size if it draws pictures of another size",
         )
     if codes.min() < 0 or codes.max() >= layout.codebook:
         raise SampleError("bad_codes", f"{sample}: codes {codes.min()} to {codes.max()}, codebook {layout.codebook:,}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import io
 import json
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import mmdiff
+from data_pipelines.pack import write_shards
+from data_pipelines.reader import iter_samples
 from mmdiff.cli import app
 from mmdiff.errors import ConfigError
 from mmdiff.images import crop_sizes, to_pixels, to_shape
@@ -129,6 +132,22 @@ def test_the_command_follows_an_instruction(folder, tmp_path):
     assert done.exit_code == 0, done.output
     with Image.open(out) as made:
         assert made.size == (16, 16)
+
+
+def test_codes_are_cached_in_the_size_that_the_network_draws(folder, tmp_path):
+    """The tokenizer's own size is another, and its codes would be refused."""
+    picture(0, 16, 16).save(tmp_path / "a.png")
+    data = (tmp_path / "a.png").read_bytes()
+    write_shards([("a", {"png": data, "image2.png": data})], tmp_path / "in", "s")
+    words = ["data", "cache", tmp_path / "in", "--encoder", folder / "image_tokenizer", "--out", tmp_path / "out"]
+    words += ["--others", "--size"]
+    refused = CliRunner().invoke(app, [str(w) for w in (*words, 18)])
+    assert refused.exit_code == 2
+    assert "not a multiple" in refused.output
+    done = CliRunner().invoke(app, [str(w) for w in (*words, 16)])
+    assert done.exit_code == 0, done.output
+    (made,) = (s for s, _ in iter_samples(str(tmp_path / "out")) if s is not None)
+    assert all(np.load(io.BytesIO(made.members[n])).shape == (4, 4) for n in ("codes.npy", "image2.codes.npy"))
 
 
 def test_networks_that_follow_no_instructions_say_so(tmp_path):

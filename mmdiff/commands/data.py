@@ -236,6 +236,9 @@ def cache(
     batch: Annotated[int, typer.Option(min=1, help="Images per pass.")] = 64,
     fit: Annotated[str, typer.Option(help="How rectangles become squares: square, crop or pad.")] = "square",
     flips: Annotated[bool, typer.Option("--flips", help="Also encode mirrored images.")] = False,
+    size: Annotated[
+        int | None, typer.Option(min=1, help="Side in pixels; default: the encoder's own. Codes: the network's grid.")
+    ] = None,
     others: Annotated[
         bool, typer.Option("--others", help="Also encode the further images of a sample, which edits begin from.")
     ] = False,
@@ -258,7 +261,10 @@ def cache(
             "tokenizer or an autoencoder"
         )
     model.eval()
-
+    side = size or model.config.image_size
+    factor = getattr(model.config, "factor", 1)
+    if side % factor:
+        raise ConfigError(f"--size {side}: not a multiple of the encoder's downsampling, {factor}")
     if latents and not hasattr(model, "latents"):
         raise ConfigError(f"--latents: a {type(model).__name__} has no values behind its codes; leave it out")
     member, how_to = ("latents", model.latents) if latents else _encoding(model)
@@ -275,7 +281,7 @@ def cache(
         shards,
         out,
         encode,
-        model.config.image_size,
+        side,
         batch,
         identity_of(encoder),
         fit=how,
