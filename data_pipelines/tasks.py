@@ -305,7 +305,8 @@ class _Edit(_TextToImage):
 
     def said(self, sample: Sample, generator: torch.Generator) -> str:
         """What is to be changed."""
-        return _pick(instructions(sample, self.options.field), generator)
+        said: str = _pick(instructions(sample, self.options.field), generator)
+        return said
 
 
 class _Text(_Task):
