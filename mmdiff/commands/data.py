@@ -297,11 +297,11 @@ def cache(
     if member == "codes":
         result |= {"codes_used": len(seen.codes), "codebook": model.codebook}
         text += f"; {len(seen.codes):,} of {model.codebook:,} codes used"
-    elif size := seen.size:
-        result["latent_size"] = size
-        text += f"; root mean square {size:.3g}"
-        if not 0.5 <= size <= 2:
-            text += f", where image models expect about 1: multiply 'scale' in {encoder}/config.json by {1 / size:.3g}"
+    elif rms := seen.size:
+        result["latent_size"] = rms
+        text += f"; root mean square {rms:.3g}"
+        if not 0.5 <= rms <= 2:
+            text += f", where image models expect about 1: multiply 'scale' in {encoder}/config.json by {1 / rms:.3g}"
             text += " and cache again"
     typer.echo(json.dumps(result) if as_json else text)
 
