@@ -92,8 +92,9 @@ class FiniteScalar(nn.Module):
         offset = torch.where(steps % 2 == 0, 0.5, 0.0)
         bounded = torch.tanh(z + torch.atanh(offset / half)) * half - offset
         digits = bounded + (bounded.round() - bounded).detach()
-        code = ((digits.detach() + steps // 2) * self.place.view(1, -1, 1, 1)).sum(1)
-        return digits / (steps // 2), code.round().long()
+        # Whole numbers: half precision has too few bits for the number of a code.
+        code = ((digits.detach().round().long() + steps // 2) * self.place.view(1, -1, 1, 1)).sum(1)
+        return digits / (steps // 2), code
 
     def codes(self, values: Float[Tensor, "B C h w"]) -> Int[Tensor, "B h w"]:
         """The codes whose values are nearest."""
@@ -173,13 +174,14 @@ class VQ(ImageTokenizer):
         """
         codes = self.quantizer.codes(codes) if codes.is_floating_point() else codes
         self.check_codes(codes)
-        return self.decoder(self.quantizer.values(codes)).clamp(-1, 1)
+        values = self.quantizer.values(codes).to(next(self.decoder.parameters()).dtype)
+        return self.decoder(values).float().clamp(-1, 1)
 
     def _encode(self, pixels: Tensor) -> Tensor:
         size = self.config.image_size
         if pixels.shape[-2:] != (size, size):
             raise ConfigError(f"images are {tuple(pixels.shape[-2:])}, the tokenizer takes ({size}, {size})")
-        return self.encoder(pixels)
+        return self.encoder(pixels.to(next(self.encoder.parameters()).dtype))
 
     @torch.no_grad()
     def init_(self, generator: torch.Generator) -> VQ:

@@ -65,6 +65,20 @@ def test_decoding_codes_equals_the_reconstruction() -> None:
     torch.testing.assert_close(model.decode(codes), output.clamp(-1, 1), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_of_half_precision_read_and_draw(dtype: torch.dtype) -> None:
+    config = Config(image_size=16, stem=1, widths=(8, 8), blocks=0, levels=(8, 5, 5, 5))
+    model = VQ(config, generator=rng.generator(0, "init")).eval()
+    pixels = torch.rand(64, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    exact, drawn = model.encode(pixels), model.decode(model.encode(pixels))
+    half = model.to(dtype)
+    values, codes = half.quantizer(half.encoder(pixels.to(dtype)))
+    assert torch.equal(half.quantizer.codes(values.float()), codes), "a code's number must not be rounded"
+    assert (half.encode(pixels) == exact).float().mean() > 0.8
+    assert half.decode(exact).dtype == torch.float32
+    assert (half.decode(exact) - drawn).abs().mean() < 0.01
+
+
 def test_foreign_codes_and_sizes_are_refused() -> None:
     model = VQ(TINY)
     with pytest.raises(ConfigError, match=r"outside 0 \.\. 11"):
