@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -14,7 +15,7 @@ from typer.testing import CliRunner
 import mmdiff
 from data_pipelines.reader import iter_samples
 from mmdiff.cli import app
-from mmdiff.errors import CheckpointError
+from mmdiff.errors import CheckpointError, ConfigError
 from mmdiff.images import decode, encode_png
 from mmdiff.io import hub
 from mmdiff.io.atomic import verify_manifest
@@ -86,10 +87,27 @@ def test_an_existing_path_of_that_name_wins(tmp_path, monkeypatch):
 
 def test_it_can_do_everything_and_computes_in_float32(model):
     assert model.capabilities == {
-        "ask", "caption", "chat", "class_image", "generate_text", "infill", "text_image"
+        "ask", "caption", "chat", "class_image", "edit", "generate_text", "infill", "text_image"
     }  # fmt: skip
     assert {p.dtype for p in model.model.parameters()} == {torch.float32}
     assert {p.dtype for p in model.checkpoint.image_tokenizer.parameters()} == {torch.float32}
+
+
+def test_a_shorter_answer_than_its_blocks_is_no_error(model, pictures):
+    assert model.checkpoint.defaults["text"]["block_length"] == 8
+    assert model.vision.caption(pictures[0][0], gen_length=4)
+    with pytest.raises(ConfigError, match="block_length 8 must be between 1 and gen_length 4"):
+        model.vision.caption(pictures[0][0], gen_length=4, block_length=8)
+
+
+def test_it_changes_a_picture_by_an_instruction(model, pictures):
+    """Another instruction, and another picture, must give another result."""
+    (one, *_), (other, *_) = pictures[0], pictures[7]
+    asked = [(one, "the same in noto style"), (one, "the same in firefox style"), (other, "the same in noto style")]
+    drawn = [np.asarray(model.images.edit(p, None, text, seed=0)) for p, text in asked]
+    assert drawn[0].shape == (64, 64, 3)
+    assert (drawn[0] != drawn[1]).mean() > 0.1
+    assert (drawn[0] != drawn[2]).mean() > 0.1
 
 
 def test_it_names_colours_better_than_the_commonest_answer(model, pictures):

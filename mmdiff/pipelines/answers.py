@@ -72,6 +72,9 @@ class Answers:
     def __post_init__(self) -> None:
         options: dict[str, Any] = with_defaults(self.words, self.checkpoint.defaults.get("text", {}), TextWords)
         self.gen_length: int = options.pop("gen_length", _GEN_LENGTH)
+        if self.words.get("block_length") is None and "block_length" in options:
+            # What the checkpoint recommends is for its own length, not for a shorter one that the user asks for.
+            options["block_length"] = min(options["block_length"], self.gen_length)
         self.stops = _stop_texts(options.pop("stop", ()))
         self.seeds, self.generator = options.pop("seeds", None), options.pop("generator", None)
         self.callback = report_steps(self.owner, options.pop("callback_on_step_end", None))
