@@ -11,13 +11,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import mmdiff
+from data_pipelines.cache import CACHE_FILE
 from data_pipelines.pack import write_shards
 from data_pipelines.reader import iter_samples
 from mmdiff.cli import app
+from mmdiff.commands import train
 from mmdiff.errors import ConfigError
 from mmdiff.images import crop_sizes, to_pixels, to_shape
 from mmdiff.io.convert import convert
@@ -29,7 +31,7 @@ from mmdiff.pipelines.painters import painter_of
 from mmdiff.pipelines.prompts import Prompter, about
 from mmdiff.sampling.guidance import without_condition
 from mmdiff.text.lumina import EDIT
-from tests.helpers import lumina, published
+from tests.helpers import image_layouts, lumina, published
 from tests.helpers.tiny import picture
 
 
@@ -205,3 +207,29 @@ def test_pictures_take_the_trained_shape_nearest_to_their_own():
     assert to_shape(picture(0, 400, 100), sizes).shape == (3, 64, 256)
     assert to_shape(picture(0, 90, 100), sizes).shape == (3, 128, 128)
     assert to_shape(picture(0, 50, 100), sizes).shape in ((3, 160, 96), (3, 160, 64), (3, 192, 64))
+
+
+def test_it_is_trained_with_a_tokenizer_whose_own_size_is_another(folder, tmp_path):
+    """Published tokenizers name 256 or 512 pixels, and the networks draw 512 or 1024."""
+    images = folder / "image_tokenizer"
+    picture(0, 16, 16).save(tmp_path / "a.png")
+    members = {"png": (tmp_path / "a.png").read_bytes(), "json": json.dumps({"caption": "a cat"}).encode()}
+    write_shards([(str(n), members) for n in range(4)], tmp_path / "in", "s")
+    words = ["data", "cache", tmp_path / "in", "--encoder", images, "--size", 16, "--out", tmp_path / "codes"]
+    assert CliRunner().invoke(app, [str(w) for w in words]).exit_code == 0
+    recipe = {
+        **{"init_from": str(folder), "tokenizer": str(folder), "image_tokenizer": str(images), "device": "cpu"},
+        **{"objective": {"type": "masked"}, "out": str(tmp_path / "run"), "train": {"samples": 4}},
+        "data": {
+            "sources": [{"shards": [str(tmp_path / "codes")], "tasks": [{"type": "text_to_image"}]}],
+            "batch_size": 2,
+        },
+    }
+    assert np.isfinite(train.run(recipe, progress=False).fit.losses["text_to_image"])
+    other = image_layouts.amused_shapes({**lumina.AMUSED, "num_vq_embeddings": 16})
+    (tmp_path / "vq").mkdir()
+    (tmp_path / "vq/config.json").write_text(json.dumps({**lumina.AMUSED, "num_vq_embeddings": 16}))
+    save_file({k: torch.zeros(v) for k, v in other.items()}, tmp_path / "vq/model.safetensors")
+    (tmp_path / "codes" / CACHE_FILE).unlink()  # it tells whose codes these are
+    with pytest.raises(ConfigError, match="of 16 codes, the model draws"):
+        train.run({**recipe, "image_tokenizer": str(tmp_path / "vq"), "out": str(tmp_path / "b")}, progress=False)

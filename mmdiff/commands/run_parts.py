@@ -11,6 +11,7 @@ from mmdiff.errors import ConfigError
 if TYPE_CHECKING:
     from mmdiff.batch import Layout
     from mmdiff.commands.recipe import RunConfig
+    from mmdiff.models.image_tokenizer import ImageTokenizer
     from mmdiff.text import Tokenizer
 
 __all__ = [
@@ -251,7 +252,16 @@ def _check_images(spec: RunConfig, image_tokenizer: Any, layout: Layout) -> None
         return
     if not hasattr(image_tokenizer, "codebook"):
         raise ConfigError(f"{spec.image_tokenizer}: a {type(image_tokenizer).__name__} makes no codes")
-    have = (image_tokenizer.grid**2, image_tokenizer.codebook)
+    _check_codes(spec, image_tokenizer, layout)
+
+
+def _check_codes(spec: RunConfig, image_tokenizer: ImageTokenizer, layout: Layout) -> None:
+    """Find a tokenizer of other codes, or of another grid where its own is the only one there is."""
+    from mmdiff.models.image_tokenizer import FeatureTokenizer
+
+    # Networks that read pictures as codes bring their own grid, and such tokenizers take pictures of any size.
+    free = layout.reads_codes and isinstance(image_tokenizer, FeatureTokenizer)
+    have = (layout.codes if free else image_tokenizer.grid**2, image_tokenizer.codebook)
     if have != (layout.codes, layout.codebook):
         raise ConfigError(
             f"image tokenizer {spec.image_tokenizer} makes {have[0]} tokens of {have[1]:,} codes, the model draws "
