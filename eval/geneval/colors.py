@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mmdiff.errors import ConfigError
+from mmdiff.rng import generator
 
 from .prompts import COLORS
 from .rules import Detection, Options
@@ -86,7 +87,16 @@ class ColorClassifier:
 
         if model not in open_clip.list_models():
             raise ConfigError(f"CLIP {model!r}: open_clip has no model of that name")
-        net, _, transform = open_clip.create_model_and_transforms(model, pretrained=pretrained or None, device=device)
+        try:
+            net, _, transform = open_clip.create_model_and_transforms(
+                model, pretrained=pretrained or None, device=device
+            )
+        except (RuntimeError, OSError) as e:
+            said = (str(e).splitlines() or [""])[0]
+            raise ConfigError(
+                f"CLIP {model}/{pretrained}: open_clip could not get or read the weights ({said}); give a file, "
+                f"as in --clip {model}/PATH"
+            ) from e
         net.eval().requires_grad_(False)
         tokenize = open_clip.get_tokenizer(model)
 
@@ -97,6 +107,21 @@ class ColorClassifier:
             return net.encode_text(tokenize(sentences).to(device)).float().cpu()
 
         return cls(texts, image, f"open_clip {model}/{pretrained or 'random'}")
+
+    @classmethod
+    def tiny(cls, *, seed: int = 0) -> ColorClassifier:
+        """Random projections of letters and pixels: what the plumbing is tried with. It judges nothing sensible."""
+        source = generator(seed, "colors")
+        letters, pixels = (torch.randn(n, 16, generator=source) for n in (256, 3 * 8 * 8))
+
+        def image(picture: Any) -> Tensor:
+            small = np.asarray(picture.convert("RGB").resize((8, 8)), dtype=np.float32) / 255
+            return torch.from_numpy(small).reshape(1, -1) @ pixels
+
+        def texts(sentences: list[str]) -> Tensor:
+            return torch.stack([letters[list(s.encode("utf-8", "replace"))].mean(0) for s in sentences])
+
+        return cls(texts, image, "tiny random")
 
     @torch.no_grad()
     def __call__(self, image: Any, name: str, objects: Sequence[Detection], options: Options) -> list[str]:

@@ -184,6 +184,24 @@ def test_prompts_in_the_words_of_captions(tmp_path: Path) -> None:
     assert all(metadata["prompt"] == metadata["include"][0]["class"] for metadata in found)
 
 
+def test_tiny_needs_no_weights_and_missing_ones_are_named(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import open_clip
+
+    def nowhere(*_: object, **__: object) -> None:
+        raise RuntimeError("Failed to download weights\nmore")
+
+    monkeypatch.setattr(open_clip, "create_model_and_transforms", nowhere)
+    words = ["eval", "geneval", str(pictures), "--detector", "tiny"]
+    done = CliRunner().invoke(app, [*words, "--out", str(tmp_path / "a")])
+    assert done.exit_code == 0, done.output
+    assert "NOT GenEval: random detector" in done.output
+    refused = CliRunner().invoke(app, [*words, "--clip", "ViT-B-32/openai", "--out", str(tmp_path / "b")])
+    assert refused.exit_code == 2
+    assert "CLIP ViT-B-32/openai" in refused.output
+
+
 def test_what_is_not_geneval_stands_beside_nothing(pictures: Path, tmp_path: Path) -> None:
     words = ["eval", "geneval", str(pictures), "--detector", "tiny", "--compare", "published", "--out", str(tmp_path)]
     refused = CliRunner().invoke(app, words)

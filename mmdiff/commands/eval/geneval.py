@@ -24,7 +24,10 @@ def geneval(
     detector: Annotated[
         str | None, typer.Option(help="Mask2Former: folder or hub id; 'tiny' (random, for trying the plumbing).")
     ] = None,
-    clip: Annotated[str, typer.Option(help="open_clip MODEL/WEIGHTS that judges colours.")] = "ViT-L-14/openai",
+    clip: Annotated[
+        str | None,
+        typer.Option(help="open_clip MODEL/WEIGHTS that judges colours; default ViT-L-14/openai (tiny: random)."),
+    ] = None,
     detections: Annotated[Path | None, typer.Option(help="Detections made elsewhere, colours included.")] = None,
     scorer: Annotated[Path | None, typer.Option(help="NOT official: a scorer trained here judges instead.")] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="Tokenizer of that scorer; default: its own folder.")] = None,
@@ -110,7 +113,7 @@ def _judge(
     drawn: bool,
     out: Path | None,
     detector: str | None,
-    clip: str,
+    clip: str | None,
     detections: Path | None,
     scorer: Path | None,
     tokenizer: Path | None,
@@ -134,8 +137,11 @@ def _judge(
 
     tiny = detector == "tiny"
     found = Detector.tiny() if tiny else Detector.from_pretrained(detector or DEFAULT_DETECTOR, device=device)
-    model, _, weights = clip.partition("/")
-    colors = ColorClassifier.open_clip(model, weights, device=device)
+    if tiny and clip is None:
+        colors = ColorClassifier.tiny()
+    else:
+        model, _, weights = (clip or "ViT-L-14/openai").partition("/")
+        colors = ColorClassifier.open_clip(model, weights, device=device)
     assert out is not None
     result = geneval.measure(folder, out=out / "verdicts", detector=found, colors=colors)
     return result, "NOT GenEval: random detector" if tiny else f"official rules, detector {found.name}", ()
