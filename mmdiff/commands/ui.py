@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -119,9 +120,11 @@ class Studio:
         from mmdiff.images import to_uint8
 
         parts = self.pipeline.checkpoint
-        shape, grid = parts.layout, parts.image_tokenizer.grid
-        codes = tokens[:1, -shape.codes :] - shape.code_offset
-        open_ = ~((codes >= 0) & (codes < shape.codebook))
+        shape, grid = parts.layout, math.isqrt(parts.layout.codes)
+        drawn = (tokens[0] >= shape.code_offset) & (tokens[0] < shape.code_offset + shape.codebook)
+        # Some networks end every row of codes with an id of its own.
+        places = (drawn | (tokens[0] == shape.code_mask_id)).nonzero()[-shape.codes :, 0]
+        codes, open_ = tokens[0, places] - shape.code_offset, ~drawn[places]
         with torch.no_grad():
             pixels = parts.image_tokenizer.decode(codes.masked_fill(open_, 0).view(1, grid, grid))
         cells = open_.view(1, 1, grid, grid).float()

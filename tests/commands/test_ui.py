@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 
+import mmdiff
 from mmdiff.commands.ui import Studio, _growing, page
 from mmdiff.errors import CheckpointError, ConfigError, MissingExtraError
 from mmdiff.pipelines import Pipeline
-from tests.helpers import tiny
+from tests.helpers import lumina, mmada, tiny
 
 BROWSER = shutil.which("chromium")
 
@@ -50,6 +51,17 @@ def test_a_drawing_fills_in_and_ends_as_the_generator_draws_it(pipeline):
     grey = [sum(p == (128, 128, 128) for p in s.get_flattened_data()) for s in sketches]
     assert grey[0] > grey[1] > grey[2]
     assert {s.size for s in sketches} == {final.size}
+
+
+@pytest.mark.parametrize("published", [lumina, mmada])
+def test_a_network_that_reads_codes_shows_its_drawing_fill_in(published, tmp_path):
+    """Lumina-DiMOO's rows end with an id of their own, and neither draws the grid of its tokenizer's own size."""
+    studio = Studio(mmdiff.load(published.publish(tmp_path / "m"), device="cpu"))
+    sketches = list(studio.draw("a red circle", 3, num_inference_steps=4))
+    assert len(sketches) == 5
+    assert len({s.size for s in sketches}) == 1
+    grey = [sum(p == (128, 128, 128) for p in s.get_flattened_data()) for s in sketches]
+    assert grey[0] > grey[1] > grey[2]
 
 
 def test_what_cannot_be_done_is_said(pipeline):
