@@ -302,7 +302,7 @@ def cache(
         text += f"; root mean square {rms:.3g}"
         if not 0.5 <= rms <= 2:
             text += f", where image models expect about 1: multiply 'scale' in {encoder}/config.json by {1 / rms:.3g}"
-            text += " and cache again"
+            text += ", delete its manifest.json, and cache again"
     typer.echo(json.dumps(result) if as_json else text)
 
 

@@ -143,7 +143,14 @@ def test_the_size_of_latents_is_told_and_what_scale_would_make_it_one(folder: Pa
     assert cached_moments(folder, tmp_path, 5.0)["latent_size"] == pytest.approx(5 * done["latent_size"], rel=1e-3)
     text = run("cache", tmp_path / "s", "--encoder", tmp_path / "vae5.0", "--out", tmp_path / "again")
     assert f"root mean square {5 * done['latent_size']:.3g}" in text
-    assert f"multiply 'scale' in {tmp_path / 'vae5.0'}/config.json by {0.2 / done['latent_size']:.3g}" in text
+    factor = f"{0.2 / done['latent_size']:.3g}"
+    assert f"multiply 'scale' in {tmp_path / 'vae5.0'}/config.json by {factor}, delete its manifest.json" in text
+    # The advice, followed.
+    config = tmp_path / "vae5.0" / "config.json"
+    config.write_text(config.read_text().replace('"scale": 5.0', f'"scale": {5 * float(factor)}'))
+    (tmp_path / "vae5.0" / "manifest.json").unlink()
+    again = run("cache", tmp_path / "s", "--encoder", tmp_path / "vae5.0", "--out", tmp_path / "third", "--json")
+    assert json.loads(again)["latent_size"] == pytest.approx(1, abs=0.01)
 
 
 def test_latents_of_another_scale_are_those_of_another_encoder(folder: Path, tmp_path: Path) -> None:
