@@ -34,19 +34,21 @@ from mmdiff.models.vae import Config as VaeConfig
 from mmdiff.sampling import DpmSolver, Independent, LatentBackbone, Random, decode, latent_canvas
 from mmdiff.training.optim import EMA, OptimConfig
 from mmdiff.training.optim import build as build_optimizer
+from mmdiff.training.recompute import compiling
 from mmdiff.training.token_diffusion import TokenDiffusion
 
 ROUNDS, HEAD_STEPS, GUIDANCE, INTERVAL = 2, 8, 4.0, (0.1, 0.3)
 
 
-def seconds(work: Callable[[], Any]) -> float:
-    """Processor seconds of the fastest round."""
-    times = []
+def seconds(*works: Callable[[], Any]) -> list[float]:
+    """Processor seconds of the fastest round of each, taken in turn."""
+    times: list[list[float]] = [[] for _ in works]
     for _ in range(ROUNDS):
-        start = time.process_time()
-        work()
-        times.append(time.process_time() - start)
-    return min(times)
+        for work, taken in zip(works, times, strict=True):
+            start = time.process_time()
+            work()
+            taken.append(time.process_time() - start)
+    return [min(taken) for taken in times]
 
 
 def arithmetic(work: Callable[[], Any]) -> float:
@@ -59,7 +61,7 @@ def arithmetic(work: Callable[[], Any]) -> float:
 def peak(side: int = 1024) -> float:
     """Operations per processor second of a large matrix product."""
     a, b = torch.randn(side, side), torch.randn(side, side)
-    return 2 * side**3 / min(seconds(lambda: a @ b) for _ in range(5))
+    return 2 * side**3 / min(seconds(*5 * [lambda: a @ b]))
 
 
 def decoding(size: int, batch: int) -> tuple[float, float]:
@@ -67,9 +69,10 @@ def decoding(size: int, batch: int) -> tuple[float, float]:
     vae: Any = build(parse(VaeConfig, {"image_size": size}, "benchmark"), generator=rng.generator(0, "vae")).eval()
     latents = torch.randn(batch, vae.config.channels, vae.config.grid, vae.config.grid, generator=rng.generator(0))
     with torch.inference_mode():
-        theirs = seconds(lambda: vae.decode(latents))
+        (theirs,) = seconds(lambda: vae.decode(latents))
         vae.to(memory_format=torch.channels_last)
-        return seconds(lambda: vae.decode(latents)), theirs
+        (ours,) = seconds(lambda: vae.decode(latents))
+    return ours, theirs
 
 
 def report(name: str, ours: float, theirs: float, images: int) -> None:
@@ -81,7 +84,7 @@ def report(name: str, ours: float, theirs: float, images: int) -> None:
 
 def compare(name: str, ours: Callable[[], Any], theirs: Callable[[], Any], images: int) -> tuple[float, float]:
     """Processor seconds of both, with what they were spent on."""
-    mine, other = seconds(ours), seconds(theirs)
+    mine, other = seconds(ours, theirs)
     report(name, mine, other, images)
     counted, expected = arithmetic(ours), arithmetic(theirs)
     print(
@@ -158,6 +161,9 @@ def training(model: Any, batch: int) -> None:
                 kept.mul_(0.9999).add_(p, alpha=1 - 0.9999)
 
     compare("training step", ours, theirs, batch)
+    with compiling(model):
+        ours()
+        report("  ours compiled", *seconds(ours, theirs), batch)
 
 
 def main(size: str = "xsmall-256", batch: str = "2", steps: str = "16") -> None:

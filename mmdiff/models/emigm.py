@@ -69,6 +69,9 @@ class Config:
     """Residual blocks of the diffusion head."""
     tied_null: bool = True
     """Whether no class and a masked slot are one vector (eMIGM: guidance with the mask; MAR: two)."""
+    embedding_std: float = Field(0.02, gt=0)
+    """Standard deviation of learnt positions, mask vector and classes before training. The published one drowns in the
+    tokens of a narrow network; with 0.3 a short run finds neighbours about twice as soon."""
     drop_masked: bool = True
     """Whether the encoder sees the known tokens only; False: all slots, masked ones as the mask vector."""
     dropout: float = Field(0.1, ge=0, lt=1)
@@ -282,14 +285,14 @@ class EMIGM(PretrainedModule):
 
     @torch.no_grad()
     def init_(self, generator: torch.Generator) -> EMIGM:
-        """Normal(0, 0.02) embeddings, Xavier-uniform layers without bias; the head has its own rule."""
+        """Normal embeddings (`Config.embedding_std`), Xavier-uniform layers without bias; the head has its own rule."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight, generator=generator)
                 nn.init.zeros_(module.bias)
         own = [p for p in self.parameters(recurse=False)]
         for parameter in [*own, self.class_emb.weight]:
-            nn.init.normal_(parameter, std=0.02, generator=generator)
+            nn.init.normal_(parameter, std=self.config.embedding_std, generator=generator)
         self.head.init_(generator)
         return self
 

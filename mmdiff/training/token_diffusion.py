@@ -46,6 +46,10 @@ class TokenDiffusion:
     """Smaller times are raised to this one (not with mar)."""
     weighted: bool = False
     """Weight every token by gamma'(t) / gamma(t), which makes the loss a bound of the likelihood."""
+    velocity: float = Field(0.0, ge=0)
+    """Weight the error of the noise by 1 / alpha_bar(t), at most this much, which makes it the error of the velocity
+    (arXiv 2202.00512) below that noise level; 0 = no weight, as published. The levels at which known tokens tell most
+    about a token then count more."""
     copies: int = Field(4, gt=0)
     """Noise levels drawn per token and step."""
     drop_label: float = Field(0.1, ge=0, le=1)
@@ -137,7 +141,7 @@ class TokenDiffusion:
         copies = torch.arange(self.copies, device=index.device)[:, None] * (b * n)
         t, noise = draws((places + copies).flatten())
         clean = tokens.flatten(0, 1)[places].repeat(self.copies, 1)
-        each = denoising_losses(model.head, clean, z, t, noise, self.copies)
+        each = denoising_losses(model.head, clean, z, t, noise, self.copies, self.velocity)
         if self.weighted:
             each = each * GAMMAS[self.schedule].weight(p.flatten()[places]).repeat(self.copies)
         return each.sum() / len(each)
@@ -150,6 +154,7 @@ def denoising_losses(
     t: Int[Tensor, "M"],
     noise: Float[Tensor, "M C"],
     copies: int,
+    velocity: float = 0.0,
 ) -> Float[Tensor, "M"]:
     """Diffusion loss of every copy of every token, copies outermost (M = copies * m).
 
@@ -160,6 +165,7 @@ def denoising_losses(
         t: Timesteps of the training process.
         noise: What is added.
         copies: Noise levels per token.
+        velocity: See `TokenDiffusion.velocity`.
     """
     known = process()
     noisy = known.noised(clean, t, noise)
@@ -167,6 +173,8 @@ def denoising_losses(
     time = head.time_embed(every.float())[t] if len(t) > len(known) else head.time_embed(t.float())
     output = head.denoise(noisy, time, head.cond_embed(z).repeat(copies, 1))
     mse, vb = known.token_losses(output, clean, noisy, t, noise)
+    if velocity:
+        mse = mse * (1 / known.alphas_cumprod.to(t.device)[t]).float().clamp_max(velocity)
     return mse + vb
 
 
