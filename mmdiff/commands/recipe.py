@@ -60,7 +60,7 @@ class RunConfig:
     or open_clip; copied into the result."""
     classes: str | None = None
     """JSON list of class names; copied into the result."""
-    generation: dict[str, dict[str, float | int | str]] | None = None
+    generation: dict[str, dict[str, float | int | str | list[float]]] | None = None
     """Defaults of generation that are written beside the weights: ``text``, ``image`` and ``edit``, each with its
     words. With a task ``edit`` the last is that of images unless it is given."""
     mup: MupConfig | None = None
